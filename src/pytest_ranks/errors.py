@@ -1,0 +1,45 @@
+"""The exceptions that this package raises, and how a near-miss name is suggested."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class RanksError(Exception):
+    """Base of every exception that is ours."""
+
+
+class BadInputError(RanksError, ValueError):
+    """An argument, option, file or subject that cannot be used; the text says what to do."""
+
+
+class UnavailableError(RanksError):
+    """Something that this machine or this installation does not have; the text names it."""
+
+
+class RankFailure(RanksError):  # noqa: N818 - the name that a user reads in a traceback
+    """A function or script on ranks failed.
+
+    Attributes:
+        rank: the rank that failed first.
+        world_size: how many ranks there were.
+    """
+
+    def __init__(self, text: str, *, rank: int, world_size: int) -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.world_size = world_size
+
+
+class RankTimeout(RankFailure):
+    """Ranks did not finish before their deadline; the text holds the stacks of all of them."""
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest of the known names, or nothing."""
+    near = get_close_matches(found, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
