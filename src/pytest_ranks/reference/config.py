@@ -1,0 +1,157 @@
+"""What a training run is told: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_ranks.errors import BadInputError, did_you_mean
+
+CHOICES = {
+    "tail": ("partial", "drop", "pad"),
+    "packer": ("lpt", "greedy"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("constant", "linear", "cosine"),
+    "precision": ("fp32", "bf16"),
+    "strategy": ("single", "ddp", "fsdp2"),
+}
+"""The fields that take one of a few names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Say how to train; every field is checked when the object is made.
+
+    The global batch is `micro_batch * gradient_accumulation_steps * data-parallel size` samples;
+    one optimizer step trains on one global batch, whatever the packing.
+
+    Attributes:
+        micro_batch: rows a rank puts through one forward (one sample a row, unless packed).
+        gradient_accumulation_steps: forwards a rank makes for one optimizer step.
+        max_tokens_per_rank: packing by step: the global batch is packed into as few micro-batches
+            as the packer finds, each one row of at most this many tokens a rank.
+        pack_length: packing by rows: the global batch is packed into rows of at most this many
+            tokens, and `micro_batch` such rows go through one forward.
+        packer: "lpt" (even loads, few micro-batches) or "greedy" (keeps the order).
+        max_steps: stop after this many optimizer steps; epochs follow each other as needed.
+        epochs: stop after this many passes over the samples. Exactly one of the two is given.
+        shuffle: draw each epoch in its own order, `randperm(seed + epoch)`.
+        seed: of the data order; `seed + rank` seeds each rank's own randomness (dropout).
+        tail: the last, short global batch of an epoch: "partial" trains on what there is with its
+            own token count, "drop" leaves it out, "pad" fills it from the epoch's start.
+        optimizer: "adamw" or "sgd" (no momentum).
+        lr: the peak learning rate.
+        betas: AdamW's two decay rates.
+        eps: AdamW's denominator term.
+        weight_decay: decoupled for AdamW; on parameters of two or more dimensions only.
+        schedule: "constant", "linear" or "cosine" (both to zero at the last step).
+        warmup_steps: steps over which the learning rate climbs from zero.
+        max_grad_norm: clip the global gradient norm to this; None: off.
+        precision: "fp32", or "bf16" (compute in bfloat16; parameters, gradients that are reduced
+            and optimizer state stay float32).
+        strategy: "single" (one process), "ddp" or "fsdp2" (an initialised process group).
+        activation_checkpointing: recompute each block's activations in the backward pass.
+        device: "auto" (the accelerator if there is one, else cpu), or a torch device.
+        eval_every: evaluate every so many steps; None: at the end of each epoch.
+        checkpoint_every: save every so many steps; None: never.
+        resume_from: a checkpoint folder to continue from.
+        out_dir: where metrics and checkpoints go; None: nothing is written.
+    """
+
+    micro_batch: int = 1
+    gradient_accumulation_steps: int = 1
+    max_tokens_per_rank: int | None = None
+    pack_length: int | None = None
+    packer: str = "lpt"
+    max_steps: int | None = None
+    epochs: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    tail: str = "partial"
+    optimizer: str = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    precision: str = "fp32"
+    strategy: str = "single"
+    activation_checkpointing: bool = False
+    device: str = "auto"
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    resume_from: str | Path | None = None
+    out_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            BadInputError: a field has a value outside its range, or two fields contradict.
+        """
+        for name, known in CHOICES.items():
+            found = getattr(self, name)
+            if found not in known:
+                names = ", ".join(repr(one) for one in known)
+                raise BadInputError(
+                    f"{name}={found!r} is not known; use one of {names}."
+                    f"{did_you_mean(str(found), known)}"
+                )
+        self._check_counts()
+        self._check_rates()
+        if (self.max_steps is None) == (self.epochs is None):
+            raise BadInputError(
+                f"found max_steps={self.max_steps!r} and epochs={self.epochs!r}; "
+                "give exactly one of them, it says when training ends."
+            )
+        if self.max_tokens_per_rank is not None and self.pack_length is not None:
+            raise BadInputError(
+                f"found max_tokens_per_rank={self.max_tokens_per_rank!r} and "
+                f"pack_length={self.pack_length!r}; give one of them: a batch is packed by step or "
+                "by rows, not both."
+            )
+        if self.checkpoint_every is not None and self.out_dir is None:
+            raise BadInputError(
+                f"checkpoint_every={self.checkpoint_every!r} needs out_dir, "
+                "the folder that checkpoints go to."
+            )
+
+    def _check_counts(self) -> None:
+        at_least_one = (
+            *("micro_batch", "gradient_accumulation_steps", "max_tokens_per_rank", "pack_length"),
+            *("max_steps", "epochs", "eval_every", "checkpoint_every"),
+        )
+        lowest = dict.fromkeys(at_least_one, 1) | {"seed": 0, "warmup_steps": 0}
+        optional = {field.name for field in dataclasses.fields(self) if "None" in str(field.type)}
+        for name, low in lowest.items():
+            found: Any = getattr(self, name)
+            if found is None and name in optional:
+                continue
+            if isinstance(found, bool) or not isinstance(found, int) or found < low:
+                raise BadInputError(f"{name}={found!r} is not a whole number of at least {low}.")
+
+    def _check_rates(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "max_grad_norm"):
+            found: Any = getattr(self, name)
+            if found is None and name == "max_grad_norm":
+                continue
+            number = isinstance(found, int | float) and not isinstance(found, bool)
+            if not number or not math.isfinite(found) or found < 0:
+                raise BadInputError(f"{name}={found!r} is not a finite number of at least 0.")
+        if self.max_grad_norm == 0:
+            raise BadInputError(
+                "max_grad_norm=0 would clip every gradient to nothing; use None to turn it off."
+            )
+        betas = tuple(self.betas)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise BadInputError(f"betas={self.betas!r} are not two numbers in [0, 1).")
+
+    @property
+    def packed(self) -> bool:
+        """Whether several documents may share a row."""
+        return self.max_tokens_per_rank is not None or self.pack_length is not None

@@ -1,0 +1,107 @@
+"""A model and its tokenizer from a folder, made to agree."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_ranks.errors import BadInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+
+def load_model(directory: str | Path) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer; parameters are float32 whatever the files hold.
+
+    Args:
+        directory: what `save_pretrained` wrote; nothing is downloaded.
+
+    Returns:
+        The model, and the tokenizer or None if the folder has none.
+
+    Raises:
+        BadInputError: the folder holds no loadable model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(directory)
+    if not (folder / "config.json").is_file():
+        raise BadInputError(
+            f"{folder} has no config.json; expected a folder that save_pretrained wrote."
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = None
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInputError(f"{folder} cannot be loaded: {reason}") from error
+    return model, tokenizer
+
+
+def align(model: Any, tokenizer: Any) -> list[str]:
+    """Make the model fit the tokenizer.
+
+    The embedding grows when the tokenizer has more tokens; old rows keep their values and tied
+    weights stay tied. A tokenizer without a padding token pads with its end-of-text token.
+
+    Returns:
+        What was changed, for the log: nothing about the model changes silently.
+    """
+    changes = []
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
+        changes.append(f"embedding grown from {rows} to {len(tokenizer)} rows")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        changes.append(f"padding token set to the end-of-text token {tokenizer.eos_token!r}")
+    if model.config.pad_token_id != tokenizer.pad_token_id:
+        changes.append(
+            f"config.pad_token_id {model.config.pad_token_id} -> {tokenizer.pad_token_id}"
+        )
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return changes
+
+
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """Return the token that fills rows: the tokenizer's, else the model's, else 0.
+
+    Any id serves: padding is neither attended to nor trained.
+    """
+    for owner in (tokenizer, getattr(model, "config", None)):
+        found = getattr(owner, "pad_token_id", None)
+        if found is not None and found >= 0:
+            return int(found)
+    return 0
+
+
+def accepted_keywords(forward: Callable[..., Any], names: tuple[str, ...]) -> frozenset[str]:
+    """Return those of the keywords that a forward can be called with."""
+    parameters = inspect.signature(forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return frozenset(names)
+    return frozenset(names) & {parameter.name for parameter in parameters}
+
+
+def float32_masters(model: nn.Module) -> int:
+    """Give half-precision parameters float32 values to train.
+
+    A bfloat16 parameter of 1.0 does not move by a step of 1e-3: it has 8 bits of mantissa.
+
+    Returns:
+        How many parameters were converted.
+    """
+    half = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    for parameter in half:
+        parameter.data = parameter.data.float()
+    return len(half)
