@@ -1,3 +1,81 @@
 """The pytest entry point: hook functions only, each delegating to the module that knows."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_ranks import marks, options
+
+if TYPE_CHECKING:
+    from pytest_ranks.hardware.found import Hardware
+
+pytest_plugins = ("pytest_ranks.fixtures",)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare options and ini settings."""
+    options.add_options(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Declare the hooks that users may implement."""
+    from pytest_ranks import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Hand the commands of the conformance suites over."""
+    chosen = options.settings(config)
+    if not (chosen.list_checks or chosen.self_check):
+        return None
+    return _run_command(
+        config, "--ranks-list-checks" if chosen.list_checks else "--ranks-self-check"
+    )
+
+
+def _run_command(config: pytest.Config, option: str) -> int:
+    """Run a command that replaces the session; it needs what the plugin does without."""
+    from importlib import import_module
+
+    try:
+        command = import_module("pytest_ranks.conformance.command")
+    except ModuleNotFoundError as error:
+        install = "install it with: pip install 'pytest-ranks[models]'"
+        raise pytest.UsageError(f"{option}: needs {error.name}, found none; {install}") from None
+    return int(command.main(config))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Resolve the settings, declare the marks, follow the session's needs."""
+    from pytest_ranks.report.terminal import NeedsReporter
+
+    options.settings(config)
+    marks.register(config)
+    config.pluginmanager.register(NeedsReporter(config), "ranks-needs")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Print the settings that are not the default, with their sources."""
+    return options.header(config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one item for each world size."""
+    marks.parametrize(metafunc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose needs are not met, before any fixture of it."""
+    marks.enforce(item)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_ranks_hardware(config: pytest.Config) -> Hardware:  # noqa: ARG001 - the hook's name
+    """Look at this machine."""
+    from pytest_ranks.hardware.probes import probe
+
+    return probe()

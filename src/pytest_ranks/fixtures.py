@@ -1,0 +1,3 @@
+"""Every fixture that this plugin offers."""
+
+from __future__ import annotations

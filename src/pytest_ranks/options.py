@@ -1,0 +1,368 @@
+"""Command line options, ini settings and environment variables, resolved in one order.
+
+One table makes the options, the ini settings, their help and the documentation. The order is
+command line, environment, ini, default; every value knows where it came from.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pytest_ranks.hardware.requirements import Required
+
+DEFAULT = "default"
+# Twice the 32 ranks of the largest configuration that training tests use (tp=8, pp=4): more than
+# that in one test is a typing error oftener than a wish.
+MAX_WORLD_SIZE = 64
+# A rank test that runs takes well under a second; a minute is what a loaded CI machine may need.
+TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The values that hold for this session, and the source of each.
+
+    Attributes:
+        timeout: seconds that a test on ranks may take once its ranks are ready.
+        require: kinds of need whose tests have to run.
+        max_world_size: the most ranks that one test may ask for.
+        hardware_marks: whether `gpu`, `multi_gpu`, `trainium` and `requires` are ours.
+        subject: the training code that the conformance suites test.
+        suite: suites or check ids to run; empty means all.
+        list_checks: list the conformance checks and exit.
+        self_check: run every check against its mutants and exit.
+        sources: where each value came from: an option, a variable, a file or the default.
+    """
+
+    timeout: float
+    require: tuple[Required, ...]
+    max_world_size: int
+    hardware_marks: bool
+    subject: str | None
+    suite: tuple[str, ...]
+    list_checks: bool
+    self_check: bool
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def source(self, name: str) -> str:
+        """Return where a value came from: `--ranks-timeout`, `RANKS_TIMEOUT`, `tox.ini`."""
+        return self.sources[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One row of the table.
+
+    Attributes:
+        name: the field of `Settings`; option, ini setting and variable derive their names from it.
+        help: what it is for, one phrase.
+        default: the value where nobody sets one.
+        action: how the command line takes it.
+        metavar: what stands for the value in `--help`.
+        ini: the type of the ini setting, or None where there is none.
+        env: whether there is an environment variable.
+        flag: whether there is a command line option.
+        parse: makes a value of a text; a ValueError's text says what was found wrong.
+        expected: what a value has to be.
+        example: a value to write.
+        shown: the default in words, where its `repr` says little.
+    """
+
+    name: str
+    help: str
+    default: Any
+    action: Literal["store", "append", "store_true"] = "store"
+    metavar: str | None = None
+    ini: Literal["string", "float", "int", "bool"] | None = None
+    env: bool = False
+    flag: bool = True
+    parse: Callable[[str], Any] = str
+    expected: str = ""
+    example: str = ""
+    shown: str = ""
+
+    @property
+    def option(self) -> str:
+        """Return the command line option's name."""
+        return "--ranks-" + self.name.replace("_", "-")
+
+    @property
+    def setting(self) -> str:
+        """Return the ini setting's name."""
+        return f"ranks_{self.name}"
+
+    @property
+    def variable(self) -> str:
+        """Return the environment variable's name."""
+        return f"RANKS_{self.name.upper()}"
+
+
+def _parse_seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _parse_count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _parse_bool(text: str) -> bool:
+    return text == "True"
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ValueError
+    return names
+
+
+def _parse_require(text: str) -> tuple[Required, ...]:
+    from pytest_ranks.hardware.requirements import parse_required
+
+    return parse_required(text)
+
+
+def _parse_subject(text: str) -> str:
+    if not re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", text):
+        raise ValueError
+    return text
+
+
+TABLE = (
+    Option(
+        name="timeout",
+        help="Seconds that a test on ranks may take once its ranks are ready",
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        ini="float",
+        env=True,
+        parse=_parse_seconds,
+        expected="a number of seconds greater than 0",
+        example="60",
+        shown="60",
+    ),
+    Option(
+        name="require",
+        help="Kinds of need whose tests have to run, or the session fails: gpu:1,multi_gpu:2",
+        default=(),
+        metavar="NEEDS",
+        ini="string",
+        env=True,
+        parse=_parse_require,
+        expected="a comma list of kind:count, the kinds being gpu, multi_gpu, trainium and ranks",
+        example="gpu:1,multi_gpu:2",
+        shown="none",
+    ),
+    Option(
+        name="max_world_size",
+        help="Most ranks that one test may ask for",
+        default=MAX_WORLD_SIZE,
+        metavar="RANKS",
+        ini="int",
+        env=True,
+        parse=_parse_count,
+        expected="a whole number of at least 1",
+        example="64",
+        shown="64",
+    ),
+    Option(
+        name="hardware_marks",
+        help="Whether gpu, multi_gpu, trainium and requires are marks of this plugin; "
+        "false leaves a project's own marks of these names alone",
+        default=True,
+        ini="bool",
+        flag=False,
+        parse=_parse_bool,
+        expected="true or false",
+        example="false",
+        shown="true",
+    ),
+    Option(
+        name="subject",
+        help="Training code that the conformance suites test: module:Class or path.py:Class",
+        default=None,
+        metavar="SUBJECT",
+        ini="string",
+        env=True,
+        parse=_parse_subject,
+        expected="module:Class or path.py:Class",
+        example="mylib.testing:MyTrainer",
+        shown="the reference trainer",
+    ),
+    Option(
+        name="suite",
+        help="Conformance suites or check ids to run, a comma list; repeatable",
+        default=(),
+        action="append",
+        metavar="SUITES",
+        parse=_parse_names,
+        expected="a comma list of suites or check ids",
+        example="loss,packing",
+        shown="all",
+    ),
+    Option(
+        name="list_checks",
+        help="List the conformance checks and exit",
+        default=False,
+        action="store_true",
+    ),
+    Option(
+        name="self_check",
+        help="Run every conformance check against the bugs it has to catch, and exit",
+        default=False,
+        action="store_true",
+    ),
+)
+
+SETTINGS_KEY = pytest.StashKey[Settings]()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare the options and ini settings of the table."""
+    group = parser.getgroup("ranks", "tests on ranks, hardware needs, conformance (pytest-ranks)")
+    for row in TABLE:
+        # The default is None so that an option that is not given lets the next source through.
+        keywords: dict[str, Any] = {"dest": row.setting, "help": describe(row), "default": None}
+        if row.metavar is not None:
+            keywords["metavar"] = row.metavar
+        if row.flag:
+            group.addoption(row.option, action=row.action, **keywords)
+        if row.ini is not None:
+            parser.addini(row.setting, f"{row.help} (default {row.shown})", row.ini, default=None)
+
+
+def describe(row: Option) -> str:
+    """Return an option's help: what it is for, its default, and where else it can be set."""
+    if row.action == "store_true":
+        return row.help
+    others = [row.variable] if row.env else []
+    if row.ini is not None:
+        others.append(f"ini {row.setting}")
+    return f"{row.help} ({', '.join([f'default {row.shown}', *others])})"
+
+
+def settings(config: pytest.Config) -> Settings:
+    """Return the session's settings, resolved once.
+
+    Raises:
+        pytest.UsageError: a value cannot be used; the text names its source.
+    """
+    if SETTINGS_KEY not in config.stash:
+        found = {row.name: _resolve(row, config) for row in TABLE}
+        values = {name: value for name, (value, _) in found.items()}
+        sources = {name: source for name, (_, source) in found.items()}
+        config.stash[SETTINGS_KEY] = Settings(**values, sources=sources)
+    return config.stash[SETTINGS_KEY]
+
+
+def _resolve(row: Option, config: pytest.Config) -> tuple[Any, str]:
+    """Return the value from the first source that has one, and that source."""
+    given = config.getoption(row.setting, default=None)
+    if row.action == "store_true":
+        return (True, row.option) if given else (row.default, DEFAULT)
+    if row.flag and given is not None:
+        texts = given if row.action == "append" else [given]
+        parsed = [_parse(row, text, source=row.option, example=row.option) for text in texts]
+        value = tuple(name for names in parsed for name in names)
+        return (value if row.action == "append" else parsed[0]), row.option
+    if row.env and (text := os.environ.get(row.variable, "").strip()):
+        source = f"{row.variable} (environment)"
+        return _parse(row, text, source=source, example=row.variable), row.variable
+    if row.ini is not None:
+        return _resolve_ini(row, config)
+    return row.default, DEFAULT
+
+
+def _resolve_ini(row: Option, config: pytest.Config) -> tuple[Any, str]:
+    """Return the ini setting's value and its file, or the default."""
+    source = f"{row.setting} ({_ini_file(row, config)})"
+    try:
+        raw = config.getini(row.setting)
+    except (ValueError, TypeError, pytest.UsageError) as error:
+        # pytest's text ends with the value that it found, quoted where that is a string.
+        found = re.search(r"'[^']*'$|\S+$", str(error))
+        raise _usage_error(row, source, found[0] if found else str(error), row.setting) from None
+    if raw is None or raw == "":
+        return row.default, DEFAULT
+    return _parse(row, str(raw), source=source, example=row.setting), source
+
+
+def _ini_file(row: Option, config: pytest.Config) -> str:
+    """Return where an ini setting was made: a file's name, or `-o` for an override."""
+    overrides = config.getoption("override_ini", default=None) or ()
+    if config.inipath is None or any(o.startswith(f"{row.setting}=") for o in overrides):
+        return "-o"
+    return config.inipath.name
+
+
+def _parse(row: Option, text: str, *, source: str, example: str) -> Any:
+    """Return the value that a text stands for."""
+    try:
+        return row.parse(text.strip())
+    except ValueError as error:
+        # Our own parsers say what is wrong; those of int() and float() only repeat the text.
+        detail = str(error)
+        known = detail and "invalid literal" not in detail and "could not convert" not in detail
+        raise _usage_error(
+            row, source, repr(text), example, detail=detail if known else ""
+        ) from None
+
+
+def _usage_error(
+    row: Option, source: str, found: str, example: str, *, detail: str = ""
+) -> pytest.UsageError:
+    """Return the error: found, expected, what to do."""
+    text = f"{source}: found {found}, expected {row.expected}; "
+    text += f"write for example {example}={row.example}"
+    return pytest.UsageError(f"{text} ({detail})" if detail else text)
+
+
+def header(config: pytest.Config) -> str | None:
+    """Return the line of the session's header: the values that are not the default."""
+    chosen = settings(config)
+    changed = [
+        f"{entry.name}={_show(getattr(chosen, entry.name))} (from {chosen.source(entry.name)})"
+        for entry in fields(Settings)
+        if entry.name != "sources" and chosen.source(entry.name) != DEFAULT
+    ]
+    return f"ranks: {', '.join(changed)}" if changed else None
+
+
+def _show(value: object) -> str:
+    """Return a value as the user writes it."""
+    if isinstance(value, tuple):
+        return ",".join(str(entry) for entry in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def markdown() -> str:
+    """Return the table as a page of the documentation."""
+    lines = [
+        "| option | ini setting | environment | default | what it is for |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in TABLE:
+        names = (
+            row.option if row.flag else "",
+            row.setting if row.ini is not None else "",
+            row.variable if row.env else "",
+            row.shown,
+        )
+        cells = [f"`{name}`" if name else "" for name in names[:3]]
+        lines.append(f"| {' | '.join([*cells, names[3], row.help])} |")
+    return "\n".join(lines) + "\n"
