@@ -146,8 +146,7 @@ def parallelize(
     """
     if strategy == "ddp":
         ids = None if world.device.type == "cpu" else [world.device.index]
-        # Buffers are constants here: sending them before each forward would only cost time.
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids)
     if strategy == "fsdp2":
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)

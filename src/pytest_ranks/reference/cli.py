@@ -1,0 +1,202 @@
+"""The command line: train a model folder on a JSONL file, alone or under torchrun.
+
+python -m pytest_ranks.reference MODEL DATA.jsonl --out-dir OUT
+torchrun --nproc-per-node 2 -m pytest_ranks.reference MODEL DATA.jsonl --out-dir OUT
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from tqdm import tqdm
+from typer import Argument, Option
+
+from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference.config import TrainConfig
+from pytest_ranks.reference.data import JsonlDataset
+from pytest_ranks.reference.model import align, load_model
+from pytest_ranks.reference.parallel import find_device
+from pytest_ranks.reference.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LINE = 'JSONL: {"input_ids": [...], "labels": [...]} a line.'
+STRATEGIES = "single, ddp, fsdp2; auto: fsdp2 under torchrun, else single."
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train(
+    model: Annotated[Path, Argument(metavar="MODEL", help="A folder that save_pretrained wrote.")],
+    samples: Annotated[Path, Argument(metavar="DATA", help=LINE)],
+    out_dir: Annotated[Path, Option(help="Metrics, checkpoints and the model go here.")],
+    eval_data: Annotated[Path | None, Option(help="JSONL to evaluate on.")] = None,
+    strategy: Annotated[str, Option(help=STRATEGIES)] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda, ...")] = "auto",
+    precision: Annotated[str, Option(help="fp32 or bf16.")] = "fp32",
+    activation_checkpointing: Annotated[bool, Option(help="Recompute activations.")] = False,
+    micro_batch: Annotated[int, Option(help="Rows a rank and forward.")] = 1,
+    gradient_accumulation_steps: Annotated[int, Option(help="Forwards a step.")] = 1,
+    max_tokens_per_rank: Annotated[int | None, Option(help="Pack by step: tokens a rank.")] = None,
+    pack_length: Annotated[int | None, Option(help="Pack by rows: tokens a row.")] = None,
+    packer: Annotated[str, Option(help="lpt or greedy.")] = "lpt",
+    epochs: Annotated[int | None, Option(help="Passes; 1 unless --max-steps is given.")] = None,
+    max_steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
+    shuffle: Annotated[bool, Option(help="Another order each epoch.")] = True,
+    tail: Annotated[str, Option(help="The short last batch: partial, drop, pad.")] = "partial",
+    seed: Annotated[int, Option(help="Of data order and dropout.")] = 0,
+    optimizer: Annotated[str, Option(help="adamw or sgd.")] = "adamw",
+    lr: Annotated[float, Option(help="Peak learning rate.")] = 1e-4,
+    beta1: Annotated[float, Option(help="AdamW's decay of the mean.")] = 0.9,
+    beta2: Annotated[float, Option(help="AdamW's decay of the variance.")] = 0.95,
+    eps: Annotated[float, Option(help="AdamW's denominator term.")] = 1e-8,
+    weight_decay: Annotated[float, Option(help="On matrices only.")] = 0.0,
+    schedule: Annotated[str, Option(help="constant, linear or cosine.")] = "constant",
+    warmup_steps: Annotated[int, Option(help="Steps of rising learning rate.")] = 0,
+    max_grad_norm: Annotated[float, Option(help="Clip to this; 0: off.")] = 1.0,
+    eval_every: Annotated[int | None, Option(help="Steps; default: each epoch.")] = None,
+    checkpoint_every: Annotated[int | None, Option(help="Steps; default: never.")] = None,
+    resume_from: Annotated[Path | None, Option(help="A checkpoint, or a folder's newest.")] = None,
+) -> None:
+    """Train MODEL on DATA; write OUT/metrics.jsonl and, at the end, OUT/model."""
+    given = dict(locals())
+    try:
+        run(given)
+    except BadInputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def run(given: dict[str, Any]) -> None:
+    """Do what the command line says.
+
+    Args:
+        given: its arguments and options by name; what is no file is a field of `TrainConfig`.
+
+    Raises:
+        BadInputError: a file, a folder or a value cannot be used.
+    """
+    files = {name: given.pop(name) for name in ("model", "samples", "eval_data")}
+    config = make_config(given)
+    samples = JsonlDataset(files["samples"])
+    eval_samples = JsonlDataset(files["eval_data"]) if files["eval_data"] else None
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_aligned(files["model"])
+    for data in (samples, eval_samples):
+        if data is not None:
+            check_vocabulary(data, model)
+    if config.strategy != "single":
+        start_process_group(config.device)
+    try:
+        train_and_export(
+            Trainer(
+                config,
+                model=model,
+                samples=samples,
+                tokenizer=tokenizer,
+                eval_samples=eval_samples,
+            )
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def make_config(given: dict[str, Any]) -> TrainConfig:
+    """Turn options into a configuration; three of them have forms that only a shell needs."""
+    under_torchrun = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    options = dict(given)
+    if options["strategy"] == "auto":
+        options["strategy"] = "fsdp2" if under_torchrun else "single"
+    elif options["strategy"] in ("ddp", "fsdp2") and not under_torchrun:
+        raise BadInputError(
+            f"--strategy={options['strategy']} needs torchrun: "
+            "torchrun --nproc-per-node 2 -m pytest_ranks.reference ..."
+        )
+    elif options["strategy"] == "single" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInputError(
+            f"--strategy=single under torchrun would train {os.environ['WORLD_SIZE']} separate "
+            "models; use ddp or fsdp2."
+        )
+    if options["epochs"] is None and options["max_steps"] is None:
+        options["epochs"] = 1
+    options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+    options["max_grad_norm"] = options["max_grad_norm"] or None
+    return TrainConfig(**options)
+
+
+def load_aligned(folder: Path) -> tuple[Any, Any]:
+    """Load model and tokenizer, and tell what had to change for them to agree."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, tokenizer = load_model(folder)
+    changes = align(model, tokenizer) if tokenizer is not None else []
+    if os.environ.get("RANK", "0") == "0":
+        for change in changes:
+            typer.echo(f"model: {change}", err=True)
+    return model, tokenizer
+
+
+def check_vocabulary(samples: JsonlDataset, model: Any) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        BadInputError: there is one.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if samples.largest_id >= rows:
+        raise BadInputError(
+            f"{samples.path} has the token id {samples.largest_id}, the model knows 0 to "
+            f"{rows - 1}; use the tokenizer that the model was made for."
+        )
+
+
+def start_process_group(device: str) -> None:
+    """Join the ranks that torchrun started, with the backend of the device."""
+    found = find_device(device)
+    on_device = found if found.type != "cpu" else None
+    backend = dist.get_default_backend_for_device(found.type)
+    dist.init_process_group(backend, device_id=on_device)
+
+
+def train_and_export(trainer: Trainer) -> None:
+    """Train with a progress bar on rank 0, then write the model folder."""
+    trainer.setup()
+    first_rank = trainer.world.rank == 0
+    with tqdm(
+        total=trainer.total_steps(),
+        initial=trainer.steps_taken,
+        unit="step",
+        disable=not first_rank,
+    ) as bar:
+        trainer.on_step = show_on(bar)
+        history = trainer.train()
+    assert trainer.config.out_dir is not None
+    out_dir = Path(trainer.config.out_dir)
+    exported = trainer.export(out_dir / "model")
+    if first_rank:
+        tokens = sum(record["tokens"] for record in history)
+        losses = f", loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f}" if history else ""
+        typer.echo(
+            f"{len(history)} steps, {tokens} trained tokens{losses}; "
+            f"model in {exported}, metrics in {out_dir / 'metrics.jsonl'}"
+        )
+
+
+def show_on(bar: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a callback that moves the bar on and shows the step's loss and learning rate."""
+
+    def show(record: dict[str, Any]) -> None:
+        bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", refresh=False)
+        bar.update()
+
+    return show
