@@ -23,9 +23,10 @@ class MetricsLog:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_until(path, resumed_at) if resumed_at is not None else []
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(kept)
-        self._file.flush()
+        rewritten = path.with_name(f".{path.name}.unfinished")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        rewritten.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
