@@ -1,0 +1,1 @@
+"""One test item, function or script on N ranks."""

@@ -1,0 +1,126 @@
+"""The ladder for ranks that do not end: dump stacks, read them, terminate, kill."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sysconfig
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_ranks.launch.processes import STACKS_SIGNAL, has_ended, read_tail, send_signal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_ranks.launch.link import RankHandle
+
+DUMP_SECONDS = 0.5  # measured: 0.4 to 26 ms
+TERMINATE_SECONDS = 0.2
+
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*:$")
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
+_COLLECTIVES = (os.sep + "torch" + os.sep + "distributed" + os.sep, "/torch/_ops.py")
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_PLUMBING = {"wrapper", "inner", "__call__", "_call_impl", "_wrapped_call_impl"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Where the main thread of a rank is: the user's frame, and what it called in torch."""
+
+    collective: str
+    function: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        place = f"{self.function} ({os.path.relpath(self.file)}:{self.line})"
+        return f"{self.collective}, called from {place}" if self.collective else place
+
+
+def dump_stacks(handles: Sequence[RankHandle]) -> list[str]:
+    """Return the Python stacks of all threads of each rank, empty for one that cannot answer.
+
+    The signal's handler is C code of faulthandler: it needs no GIL, so it works while the rank
+    is blocked inside a collective.
+    """
+    for handle in handles:
+        if handle.ready and handle.pidfd is not None:
+            send_signal(handle.pidfd, STACKS_SIGNAL)
+    end = time.monotonic() + DUMP_SECONDS
+    before: list[int] | None = None
+    while time.monotonic() < end:
+        sizes = [os.fstat(handle.stacks).st_size for handle in handles]
+        if sizes == before and all(sizes):
+            break
+        before = sizes
+        time.sleep(0.02)
+    return [read_tail(handle.stacks, 1 << 18) for handle in handles]
+
+
+def terminate(handles: Sequence[RankHandle]) -> None:
+    """Ask ranks to end, then kill them with everything below them."""
+    for handle in handles:
+        if handle.pidfd is not None:
+            send_signal(handle.pidfd, signal.SIGTERM)
+    end = time.monotonic() + TERMINATE_SECONDS
+    for handle in handles:
+        if handle.pidfd is not None:
+            has_ended(handle.pidfd, timeout=max(0.0, end - time.monotonic()))
+        handle.kill()
+
+
+def find_where(dump: str, main_thread: int) -> Where | None:
+    """Return where the main thread is, read from a faulthandler dump."""
+    frames = main_frames(dump, main_thread)
+    collective = ""
+    for file, line, function in frames:
+        if any(part in file for part in _COLLECTIVES):
+            if function not in _PLUMBING:
+                collective = function
+            continue
+        if is_library(file):
+            continue
+        return Where(collective=collective, function=function, file=file, line=line)
+    if frames:
+        file, line, function = frames[0]
+        return Where(collective="", function=function, file=file, line=line)
+    return None
+
+
+def main_frames(dump: str, main_thread: int) -> list[tuple[str, int, str]]:
+    """Return file, line and function of the main thread's frames, innermost first."""
+    frames: list[tuple[str, int, str]] = []
+    in_main = False
+    for text in dump.splitlines():
+        if (head := _THREAD.match(text)) is not None:
+            in_main = int(head[1], 16) == main_thread
+        elif in_main and (frame := _FRAME.match(text)) is not None:
+            frames.append((frame[1], int(frame[2]), frame[3]))
+    return frames
+
+
+def trim(dump: str) -> str:
+    """Return a dump without the frames below the rank's own loop and the list of extensions."""
+    kept: list[str] = []
+    hidden = False
+    for text in dump.splitlines():
+        if text.startswith("Extension modules:"):
+            continue
+        if not text.startswith("  "):
+            hidden = False
+        elif (frame := _FRAME.match(text)) is not None and os.path.dirname(frame[1]) == _HERE:
+            hidden = True
+        if not hidden:
+            kept.append(text)
+    return "\n".join(kept).strip()
+
+
+def is_library(file: str) -> bool:
+    """Return whether a file belongs to Python, an installed package, or to us."""
+    paths = sysconfig.get_paths()
+    folders = (paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"])
+    return file.startswith(("<", *folders)) or os.path.dirname(file) == _HERE

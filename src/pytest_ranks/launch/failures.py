@@ -1,0 +1,182 @@
+"""Failures of ranks put in order, root cause first, and described."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_ranks.launch import deadline
+from pytest_ranks.launch.processes import describe_end
+from pytest_ranks.launch.wire import Raised
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_ranks.launch.pool import RankRun
+
+# What gloo and the store say on a rank whose peer went away (gloo/transport/tcp/pair.cc,
+# torch/csrc/distributed/c10d/TCPStore.cpp); the rank that says it is not the cause.
+_PEER_WENT = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Read error \[|Write error \[|Broken pipe"
+    r"|Socket closed|recvBytes failed|sendBytes failed|Application timeout caused pair closure"
+    r"|Timed out waiting \d+ms for (?:recv|send) operation"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """How one rank failed.
+
+    Attributes:
+        rank: its number.
+        kind: `raised`, `died`, `deadline` (still at work when the time was up) or `stopped`
+            (still at work after another rank had failed).
+        headline: one line.
+        text: the traceback, or the stacks.
+        at: CLOCK_MONOTONIC seconds.
+        output: the end of what the rank wrote.
+        where: where its main thread was, if it was stopped.
+    """
+
+    rank: int
+    kind: str
+    headline: str
+    text: str = ""
+    at: float = 0.0
+    output: str = ""
+    where: deadline.Where | None = None
+
+    @property
+    def is_collateral(self) -> bool:
+        """Whether this is what happens to a rank when another one goes away."""
+        return self.kind == "stopped" or (self.kind == "raised" and says_peer_went(self.headline))
+
+
+def says_peer_went(text: str) -> bool:
+    """Return whether an error text only says that another rank went away."""
+    return _PEER_WENT.search(text) is not None
+
+
+def of_function(run: RankRun) -> Failure | None:
+    """Return how a rank that ran a function failed, None where it returned."""
+    last = run.messages[-1] if run.messages else None
+    output = run.output.strip()
+    if isinstance(last, Raised):
+        return Failure(
+            rank=run.rank,
+            kind="raised",
+            headline=last.headline,
+            text=last.traceback,
+            at=last.at,
+            output=output,
+        )
+    if run.done:
+        return None
+    return of_unfinished(run, output=output)
+
+
+def of_unfinished(run: RankRun, *, output: str) -> Failure:
+    """Return how a rank failed that never said it was done."""
+    if run.crashed:
+        return Failure(
+            rank=run.rank,
+            kind="died",
+            headline=f"{describe_end(run.status)} without a report",
+            text=deadline.trim(run.stacks),
+            at=run.at,
+            output=output,
+        )
+    kind = "deadline" if run.stopped == "deadline" else "stopped"
+    place = str(run.where) if run.where is not None else "a place that its stacks do not show"
+    return Failure(
+        rank=run.rank,
+        kind=kind,
+        headline=f"was in {place}",
+        text=deadline.trim(run.stacks),
+        at=run.at,
+        output=output,
+        where=run.where,
+    )
+
+
+def in_order(failures: Sequence[Failure]) -> list[Failure]:
+    """Return failures with the root cause first: true ones by time, then collateral ones.
+
+    A death comes before an exception: the time of a death is when we saw it, which may be after
+    a peer felt it.
+    """
+    return sorted(failures, key=lambda one: (one.is_collateral, one.kind != "died", one.at))
+
+
+def describe(failures: Sequence[Failure], *, world_size: int, timeout: float) -> str:
+    """Return the text of a failed run; the failures are in order."""
+    first, rest = failures[0], failures[1:]
+    lines = [headline(failures, world_size=world_size, timeout=timeout)]
+    if first.text:
+        title = "traceback" if first.kind == "raised" else "stacks"
+        lines += ["", f"{title} of rank {first.rank}:", first.text.rstrip()]
+    if first.output:
+        lines += ["", f"output of rank {first.rank}, its end:", first.output]
+    for other in rest:
+        if other.is_collateral and first.kind != "deadline":
+            lines += ["", f"collateral, rank {other.rank}: {other.kind} ({other.headline})"]
+            continue
+        lines += ["", f"rank {other.rank} {other.kind}: {other.headline}", other.text.rstrip()]
+        if other.output:
+            lines += [f"output of rank {other.rank}, its end:", other.output]
+    return "\n".join(lines)
+
+
+def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) -> str:
+    """Return the one line that names the rank, what happened, and what became of the others."""
+    first = failures[0]
+    if first.kind == "deadline":
+        late = [one for one in failures if one.kind == "deadline"]
+        places = "; ".join(_join_places(late))
+        done = world_size - len(failures)
+        others = f"; {ranks_text(_others(failures, world_size))} had finished" if done else ""
+        return f"timed out after {timeout:g} s: {places}{others}"
+    others = _what_others_did(failures[1:])
+    verb = "failed first" if world_size > 1 else "failed"
+    return f"rank {first.rank} of {world_size} {verb}{others}: {first.headline}"
+
+
+def ranks_text(numbers: Sequence[int]) -> str:
+    """Return `rank 2` or `ranks 0, 2 and 3`."""
+    names = [str(number) for number in sorted(numbers)]
+    if len(names) == 1:
+        return f"rank {names[0]}"
+    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _others(failures: Sequence[Failure], world_size: int) -> list[int]:
+    return sorted(set(range(world_size)) - {one.rank for one in failures})
+
+
+def _join_places(late: Sequence[Failure]) -> list[str]:
+    by_place: dict[str, list[int]] = {}
+    for one in late:
+        by_place.setdefault(one.headline, []).append(one.rank)
+    return [
+        f"{ranks_text(numbers)} {place.replace('was in', 'were in' if numbers[1:] else 'was in')}"
+        for place, numbers in by_place.items()
+    ]
+
+
+def _what_others_did(others: Sequence[Failure]) -> str:
+    parts = []
+    stopped: dict[str, list[int]] = {}
+    for one in others:
+        if one.kind == "stopped":
+            place = one.where.collective or one.where.function if one.where else "unknown code"
+            stopped.setdefault(f"stopped in {place}", []).append(one.rank)
+        elif one.is_collateral:
+            stopped.setdefault("cut off by that", []).append(one.rank)
+        else:
+            what = "died too" if one.kind == "died" else "failed too"
+            stopped.setdefault(what, []).append(one.rank)
+    for what, numbers in stopped.items():
+        was = "" if what.endswith("too") else "was " if len(numbers) == 1 else "were "
+        parts.append(f"{ranks_text(numbers)} {was}{what}")
+    return f" ({'; '.join(parts)})" if parts else ""

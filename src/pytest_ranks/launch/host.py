@@ -1,0 +1,258 @@
+"""Functions on ranks, without pytest: what the `launch` fixture and the conformance runner use."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import pickle
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, UnavailableError
+from pytest_ranks.launch import failures
+from pytest_ranks.launch.group import early_variables
+from pytest_ranks.launch.link import ZygoteLink
+from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.spec import BACKENDS
+from pytest_ranks.launch.wire import (
+    Prepare,
+    Raised,
+    Rendezvous,
+    Returned,
+    RunFunction,
+    World,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+PRELOAD = (
+    "torch",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+)
+# The group's own timeout lies behind ours, so that ours reports first, with all stacks.
+BEHIND_DEADLINE = 30.0
+
+
+class RankHost:
+    """Runs functions on fresh rank processes; a clean zygote starts at once, in the background.
+
+    Args:
+        preload: modules that the zygote imports; one that fails to import is left to the ranks.
+        sys_path: the ranks' import path, this process's where None.
+        env: variables for the zygote and all ranks.
+    """
+
+    def __init__(
+        self,
+        preload: Sequence[str] = PRELOAD,
+        sys_path: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._runs = itertools.count(1)
+        self._owner = os.getpid()
+        self._closed = False
+        environment = {**os.environ, **early_variables(), **(env or {})}
+        self._link = ZygoteLink.start_fresh(environment)
+        self._link.prepare(
+            Prepare(
+                modules=("pickle", *preload),
+                sys_path=tuple(sys.path if sys_path is None else sys_path),
+                working_directory=os.getcwd(),
+                environment=dict(env or {}),
+            )
+        )
+
+    def __enter__(self) -> RankHost:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the zygote and every process below it."""
+        if not self._closed:
+            self._closed = True
+            self._link.close()
+
+    def run(
+        self,
+        fn: str | Callable[..., Any],
+        *,
+        world_size: int,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        timeout: float = 60.0,
+        backend: str = "gloo",
+        init: bool = True,
+        rank_variables: bool = True,
+        env: Mapping[str, str] | None = None,
+        preload: Sequence[str] = (),
+    ) -> list[Any]:
+        """Call a function on every rank and return the results by rank.
+
+        Args:
+            fn: `package.module:function`, an importable function, or a closure where
+                cloudpickle is installed.
+            world_size: number of ranks, each a fresh process.
+            args: positional arguments, pickled.
+            kwargs: keyword arguments, pickled.
+            timeout: seconds from the moment all ranks are ready.
+            backend: the process group's backend.
+            init: initialise the process group; else the function does, from the environment.
+            rank_variables: export RANK, WORLD_SIZE and the like; False (for one rank) runs the
+                function in a plain process.
+            env: variables for the ranks of this run.
+            preload: modules to import before the function.
+
+        Raises:
+            BadInputError: an argument cannot be used.
+            RankFailure: a rank raised or died; the one that failed first comes first.
+            RankTimeout: ranks did not end in time; the text holds the stacks of all of them.
+            UnavailableError: no rank can be started here.
+        """
+        self._check(world_size, timeout, backend, rank_variables)
+        make = _request(fn, args, kwargs, tuple(preload))
+        port = self._link.open_store() if rank_variables else None
+        try:
+            run = next(self._runs)
+            rendezvous = None
+            if port is not None:
+                seconds = timeout + BEHIND_DEADLINE
+                rendezvous = Rendezvous(run=run, port=port, home_port=port, seconds=seconds)
+
+            def world(rank: int) -> World:
+                return World(
+                    rank=rank,
+                    world_size=world_size,
+                    backend=backend,
+                    init=init,
+                    rank_variables=rank_variables,
+                    rendezvous=rendezvous,
+                    environment=dict(env) if env else None,
+                )
+
+            return self._run(lambda rank: make(world(rank)), world_size, timeout)
+        finally:
+            if port is not None:
+                self._link.close_store(port)
+
+    def _run(
+        self, request: Callable[[int], RunFunction], world_size: int, timeout: float
+    ) -> list[Any]:
+        ranks = Ranks(self._link, world_size)
+        try:
+            runs, timed_out = ranks.run(
+                request,
+                is_last=lambda message: isinstance(message, Returned | Raised),
+                is_failure=lambda message: isinstance(message, Raised),
+                timeout=timeout,
+            )
+            if all(run.done for run in runs):
+                ranks.leave()
+            else:
+                ranks.kill()
+        finally:
+            ranks.forget()
+        found = [failures.of_function(run) for run in runs]
+        failed = [failure for failure in found if failure is not None]
+        if not failed:
+            return [pickle.loads(run.messages[-1].value) for run in runs]
+        ordered = failures.in_order(failed)
+        text = failures.describe(ordered, world_size=world_size, timeout=timeout)
+        kind = RankTimeout if timed_out else RankFailure
+        raise kind(text, rank=ordered[0].rank, world_size=world_size)
+
+    def _check(self, world_size: int, timeout: float, backend: str, rank_variables: bool) -> None:
+        if self._closed:
+            raise UnavailableError("this RankHost is closed.")
+        if os.getpid() != self._owner:
+            raise UnavailableError("a RankHost works only in the process that made it.")
+        if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+            raise BadInputError(
+                f"world_size={world_size!r}: expected a whole number of at least 1."
+            )
+        if not timeout > 0:
+            raise BadInputError(f"timeout={timeout!r}: expected a number of seconds above 0.")
+        if backend not in BACKENDS:
+            raise BadInputError(
+                f"backend={backend!r}: expected one of {', '.join(map(repr, BACKENDS))}."
+            )
+        if not rank_variables and world_size != 1:
+            raise BadInputError(
+                f"rank_variables=False, world_size={world_size}: a plain process has no rank, "
+                "so it needs world_size=1."
+            )
+
+
+def _request(
+    fn: str | Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    preload: tuple[str, ...],
+) -> Callable[[World], RunFunction]:
+    target, file, by_value = _reference(fn)
+    try:
+        arguments = pickle.dumps((tuple(args), dict(kwargs or {})))
+    except Exception as error:
+        arguments = _pickle_by_value((tuple(args), dict(kwargs or {})), "the arguments", error)
+
+    def make(world: World) -> RunFunction:
+        return RunFunction(
+            world=world,
+            target=target,
+            target_file=file,
+            by_value=by_value,
+            arguments=arguments,
+            sys_path=tuple(sys.path),
+            modules=preload,
+        )
+
+    return make
+
+
+def _reference(fn: str | Callable[..., Any]) -> tuple[str | None, str | None, bytes | None]:
+    if isinstance(fn, str):
+        prefix, _, name = fn.partition(":")
+        if not prefix or not name:
+            raise BadInputError(f"fn={fn!r}: expected 'package.module:function'.")
+        return fn, None, None
+    if not callable(fn):
+        raise BadInputError(
+            f"fn={fn!r}: expected a function or 'package.module:function', "
+            f"found {type(fn).__name__}."
+        )
+    module_name, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
+    module = sys.modules.get(module_name or "")
+    found: Any = module
+    for part in (qualname or "<locals>").split("."):
+        found = getattr(found, part, None)
+    if found is not fn or module_name == "__main__":
+        return None, None, _pickle_by_value(fn, f"fn={qualname or fn!r}", None)
+    return f"{module_name}:{qualname}", getattr(module, "__file__", None), None
+
+
+def _pickle_by_value(value: object, name: str, cause: Exception | None) -> bytes:
+    try:
+        cloudpickle = importlib.import_module("cloudpickle")
+    except ImportError:
+        reason = f" ({cause})" if cause is not None else ""
+        raise BadInputError(
+            f"{name} cannot be sent to a rank by name{reason}: expected something at the top "
+            "level of an importable module. `pip install cloudpickle` lifts this."
+        ) from None
+    try:
+        return bytes(cloudpickle.dumps(value))
+    except Exception as error:
+        raise BadInputError(
+            f"{name} cannot be pickled ({type(error).__name__}: {error}): pass what the function "
+            "needs as plain data."
+        ) from None

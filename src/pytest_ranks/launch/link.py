@@ -1,0 +1,248 @@
+"""The controller's end of a zygote: start it, ask it for ranks and stores, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch.processes import has_ended, kill_tree, read_tail
+from pytest_ranks.launch.wire import (
+    Channel,
+    ChannelClosed,
+    Collect,
+    Exited,
+    Fork,
+    Forked,
+    OpenStore,
+    Prepare,
+    channel_pair,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STORE_SECONDS = 120.0  # the store's process may still be importing torch
+END_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class RankHandle:
+    """The controller's side of one rank process."""
+
+    label: int
+    rank: int
+    channel: Channel
+    output: int
+    stacks: int
+    pid: int | None = None
+    pidfd: int | None = None
+    status: int | None = None
+    native_threads: int = 1
+    main_thread: int = 0
+    captured: tuple[int, ...] = ()
+    ready: bool = False
+    _closed: bool = field(default=False)
+
+    def ended(self) -> bool:
+        """Return whether the process has ended."""
+        return self.status is not None or (self.pidfd is not None and has_ended(self.pidfd))
+
+    def kill(self) -> None:
+        """Kill the process and everything below it."""
+        if self.pid is not None and self.pidfd is not None:
+            kill_tree(self.pid, self.pidfd)
+
+    def close(self) -> None:
+        """Give back the descriptors."""
+        if self._closed:
+            return
+        self._closed = True
+        self.channel.close()
+        pidfd = () if self.pidfd is None else (self.pidfd,)
+        for fd in (self.output, self.stacks, *pidfd, *self.captured):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+class ZygoteLink:
+    """One zygote, seen from its controller.
+
+    Args:
+        channel: to the zygote.
+        pid: the zygote's process.
+        log: descriptor of what it writes, to explain an early end.
+        reap: takes the exit status from the kernel once the zygote has ended.
+        how: one word for how it was started, for debugging.
+    """
+
+    def __init__(
+        self, channel: Channel, pid: int, *, log: int, reap: Callable[[], object], how: str
+    ) -> None:
+        self.channel = channel
+        self.how = how
+        self._owner = os.getpid()
+        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        self._log = log
+        self._reap = reap
+        self._labels = itertools.count()
+        self._handles: dict[int, RankHandle] = {}
+        self._closed = False
+        self._stores: Channel | None = None
+
+    @classmethod
+    def start_fresh(cls, environment: dict[str, str]) -> ZygoteLink:
+        """Start a zygote as a fresh process; returns at once."""
+        ours, theirs = channel_pair()
+        log = os.memfd_create("pytest-ranks-zygote")
+        controller = os.pidfd_open(os.getpid())
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        try:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    *flags,
+                    "-m",
+                    "pytest_ranks.launch.zygote",
+                    str(theirs.fileno()),
+                    str(controller),
+                ],
+                pass_fds=(theirs.fileno(), controller),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment,
+            )
+        finally:
+            theirs.close()
+            os.close(controller)
+        return cls(ours, process.pid, log=log, reap=process.wait, how="fresh")
+
+    def prepare(self, request: Prepare) -> None:
+        """Have the zygote import modules; returns at once."""
+        self._send(request)
+
+    def collect(self, files: tuple[str, ...]) -> None:
+        """Have the zygote collect test files; returns at once."""
+        self._send(Collect(files=files))
+
+    def fork(self, world_size: int, *, output: bool = True) -> list[RankHandle]:
+        """Ask for rank processes; they are there when their handles are ready."""
+        handles = []
+        for rank in range(world_size):
+            ours, theirs = channel_pair()
+            handle = RankHandle(
+                label=next(self._labels),
+                rank=rank,
+                channel=ours,
+                output=os.memfd_create("pytest-ranks-output"),
+                stacks=os.memfd_create("pytest-ranks-stacks"),
+            )
+            # Appending keeps both streams and the dumps in order, whoever writes.
+            for fd in (handle.output, handle.stacks):
+                _set_append(fd)
+            self._handles[handle.label] = handle
+            handles.append(handle)
+            request = Fork(label=handle.label, rank=rank, world_size=world_size, output=output)
+            self._send(request, (theirs.fileno(), handle.output, handle.stacks))
+            theirs.close()
+        return handles
+
+    def forget(self, handle: RankHandle) -> None:
+        """Close a handle whose process has ended or is not of interest any more."""
+        self._handles.pop(handle.label, None)
+        handle.close()
+
+    def pump(self) -> None:
+        """Take in what the zygote has said.
+
+        Raises:
+            UnavailableError: the zygote ended.
+        """
+        try:
+            messages = self.channel.receive_all()
+        except ChannelClosed:
+            raise self._ended() from None
+        for message, descriptors in messages:
+            handle = self._handles.get(message.label)
+            if isinstance(message, Forked):
+                if handle is None:
+                    os.close(descriptors[0])
+                    continue
+                handle.pid, handle.pidfd = message.pid, descriptors[0]
+                handle.native_threads = message.native_threads
+            elif isinstance(message, Exited) and handle is not None:
+                handle.status = message.status
+
+    def open_store(self) -> int:
+        """Return the port of a new store.
+
+        Raises:
+            UnavailableError: torch cannot be imported, or the zygote ended.
+        """
+        if self._stores is None:
+            ours, theirs = channel_pair()
+            self._send(OpenStore(), (theirs.fileno(),))
+            theirs.close()
+            self._stores = ours
+        try:
+            self._stores.send(("open", 0))
+            answer, _ = self._stores.receive(STORE_SECONDS)
+        except ChannelClosed:
+            raise self._ended() from None
+        except TimeoutError:
+            raise UnavailableError(
+                f"no rendezvous store was ready after {STORE_SECONDS:g} s. "
+                f"The zygote wrote: {read_tail(self._log) or 'nothing'}"
+            ) from None
+        if isinstance(answer, str):
+            raise UnavailableError(f"no rendezvous store: {answer}")
+        return int(answer)
+
+    def close_store(self, port: int) -> None:
+        """Give a store back."""
+        if self._stores is not None:
+            with contextlib.suppress(ChannelClosed):
+                self._stores.send(("close", port))
+
+    def close(self) -> None:
+        """End the zygote and everything below it; does nothing in a fork of the controller."""
+        if self._closed:
+            return
+        self._closed = True
+        self.channel.close()
+        if self._stores is not None:
+            self._stores.close()
+        for handle in list(self._handles.values()):
+            self.forget(handle)
+        if os.getpid() == self._owner:
+            if not has_ended(self._pidfd, timeout=END_SECONDS):
+                kill_tree(self._pid, self._pidfd)
+            with contextlib.suppress(ChildProcessError):
+                self._reap()
+        os.close(self._pidfd)
+        os.close(self._log)
+
+    def _send(self, message: object, descriptors: tuple[int, ...] = ()) -> None:
+        try:
+            self.channel.send(message, descriptors)
+        except ChannelClosed:
+            raise self._ended() from None
+
+    def _ended(self) -> UnavailableError:
+        return UnavailableError(
+            f"the process that ranks are forked from ended. It wrote: "
+            f"{read_tail(self._log).strip() or 'nothing'}"
+        )
+
+
+def _set_append(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)

@@ -1,0 +1,265 @@
+"""Live rank processes of one shape, and one run on them watched to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch import deadline
+from pytest_ranks.launch.processes import read_tail
+from pytest_ranks.launch.wire import ChannelClosed, Leave, Ready, Started
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_ranks.launch.link import RankHandle, ZygoteLink
+
+# Seconds that ranks have for their own end after one rank failed; its sockets are cut by then.
+GRACE = 1.0
+# Seconds for fork, imports, collection and rendezvous, before the deadline of the work starts.
+START_SECONDS = 300.0
+STATUS_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class RankRun:
+    """What one rank did in one run.
+
+    Attributes:
+        rank: its number.
+        messages: what it said, in order, without the greeting.
+        done: whether it said that it is done.
+        crashed: whether its process ended by itself.
+        status: how the process ended, as an exit code or -signal.
+        stopped: why we ended it: nothing, `collateral` after another's failure, or `deadline`.
+        at: CLOCK_MONOTONIC seconds at which its end was seen.
+        output: the end of what it wrote outside of pytest's capture.
+        captured: the end of what pytest's capture held when the process ended.
+        stacks: dump of all its threads, or of the fatal error that ended it.
+        where: one line on where its main thread was.
+    """
+
+    rank: int
+    messages: list[Any] = field(default_factory=list)
+    done: bool = False
+    crashed: bool = False
+    status: int | None = None
+    stopped: str = ""
+    at: float = 0.0
+    output: str = ""
+    captured: str = ""
+    stacks: str = ""
+    where: deadline.Where | None = None
+
+
+class Ranks:
+    """Rank processes that run one thing at a time, together."""
+
+    def __init__(self, link: ZygoteLink, world_size: int, *, output: bool = True) -> None:
+        self.world_size = world_size
+        self.runs = 0
+        self._link = link
+        self._handles = link.fork(world_size, output=output)
+
+    def native_threads(self) -> int:
+        """Return how many threads the zygote had when the ranks were forked."""
+        return max(handle.native_threads for handle in self._handles)
+
+    def is_alive(self) -> bool:
+        """Return whether all processes live."""
+        try:
+            self._link.pump()
+        except UnavailableError:
+            return False
+        return not any(handle.ended() for handle in self._handles)
+
+    def run(
+        self,
+        request: Callable[[int], object],
+        *,
+        is_last: Callable[[Any], bool],
+        is_failure: Callable[[Any], bool],
+        timeout: float,
+    ) -> tuple[list[RankRun], bool]:
+        """Send one request to every rank and watch until each is done, dead or stopped.
+
+        Args:
+            request: makes the request of a rank.
+            is_last: whether a message is a rank's last in this run.
+            is_failure: whether a message means that the rank failed; peers get a short grace.
+            timeout: seconds from the moment all ranks have started.
+
+        Returns:
+            What each rank did, and whether the deadline passed.
+
+        Raises:
+            UnavailableError: the zygote ended.
+        """
+        self.runs += 1
+        for handle in self._handles:
+            os.ftruncate(handle.stacks, 0)
+        watch = _Watch(self._link, self._handles, is_last, is_failure, timeout)
+        try:
+            for handle in self._handles:
+                try:
+                    handle.channel.send(request(handle.rank))
+                except ChannelClosed:
+                    continue  # its pidfd tells
+            timed_out = watch.until_over()
+        except BaseException:
+            self.kill()
+            raise
+        return watch.runs, timed_out
+
+    def leave(self) -> None:
+        """Ask the processes to flush and leave; `forget` closes what does not."""
+        for handle in self._handles:
+            try:
+                handle.channel.send(Leave())
+            except (ChannelClosed, OSError):
+                continue
+
+    def have_left(self) -> bool:
+        """Return whether all processes have ended."""
+        return all(handle.ended() for handle in self._handles)
+
+    def kill(self) -> None:
+        """Kill the processes with everything below them, now."""
+        with contextlib.suppress(UnavailableError, OSError):
+            self._link.pump()
+        for handle in self._handles:
+            handle.kill()
+
+    def forget(self) -> None:
+        """Give back all descriptors."""
+        for handle in self._handles:
+            self._link.forget(handle)
+
+
+class _Watch:
+    """One run being watched."""
+
+    def __init__(
+        self,
+        link: ZygoteLink,
+        handles: list[RankHandle],
+        is_last: Callable[[Any], bool],
+        is_failure: Callable[[Any], bool],
+        timeout: float,
+    ) -> None:
+        self.runs = [RankRun(rank=handle.rank) for handle in handles]
+        self._link = link
+        self._handles = handles
+        self._is_last = is_last
+        self._is_failure = is_failure
+        self._timeout = timeout
+        self._limit = time.monotonic() + START_SECONDS
+        self._started: set[int] = set()
+        self._grace: float | None = None
+
+    def until_over(self) -> bool:
+        """Return, once no rank is at work any more, whether the deadline passed."""
+        timed_out = False
+        while waiting := [run for run in self.runs if not (run.done or run.crashed)]:
+            now = time.monotonic()
+            end = self._limit if self._grace is None else min(self._grace, self._limit)
+            if now >= end:
+                timed_out = self._grace is None or self._limit < self._grace
+                self._stop(waiting, "deadline" if timed_out else "collateral")
+                break
+            self._step(end - now)
+        for handle, run in zip(self._handles, self.runs, strict=True):
+            if run.done:
+                run.output = read_tail(handle.output)
+        return timed_out
+
+    def _step(self, seconds: float) -> None:
+        poll = select.poll()
+        poll.register(self._link.channel.fileno(), select.POLLIN)
+        by_fd: dict[int, int] = {}
+        for index, (handle, run) in enumerate(zip(self._handles, self.runs, strict=True)):
+            if not (run.done or run.crashed):
+                by_fd[handle.channel.fileno()] = index
+                if handle.pidfd is not None:
+                    by_fd[handle.pidfd] = index
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(int(seconds * 1000) + 1)}
+        if self._link.channel.fileno() in ready:
+            self._link.pump()
+        for index in {by_fd[fd] for fd in ready if fd in by_fd}:
+            self._listen(self._handles[index], self.runs[index])
+
+    def _listen(self, handle: RankHandle, run: RankRun) -> None:
+        try:
+            messages = handle.channel.receive_all()
+        except ChannelClosed:
+            # End-of-file is a hint: a child of the rank may hold the socket, or the pidfd is
+            # still on its way. Only the end of the process is a death.
+            self._await_end(handle)
+            messages = []
+        for message, descriptors in messages:
+            self._take(handle, run, message, descriptors)
+        if not run.done and handle.ended():
+            self._bury(handle, run)
+
+    def _take(
+        self, handle: RankHandle, run: RankRun, message: object, descriptors: tuple[int, ...]
+    ) -> None:
+        if isinstance(message, Ready):
+            handle.ready, handle.main_thread = True, message.main_thread
+            handle.captured = descriptors
+            return
+        if isinstance(message, Started):
+            self._started.add(run.rank)
+            if len(self._started) == len(self.runs):
+                self._limit = time.monotonic() + self._timeout
+            return
+        run.messages.append(message)
+        run.done = run.done or self._is_last(message)
+        if self._is_failure(message) and self._grace is None:
+            self._grace = time.monotonic() + GRACE
+
+    def _await_end(self, handle: RankHandle) -> None:
+        end = time.monotonic() + STATUS_SECONDS
+        while not handle.ended() and time.monotonic() < end:
+            poll = select.poll()
+            poll.register(self._link.channel.fileno(), select.POLLIN)
+            if handle.pidfd is not None:
+                poll.register(handle.pidfd, select.POLLIN)
+            poll.poll(50)
+            self._link.pump()
+        if not handle.ended():
+            handle.kill()
+
+    def _bury(self, handle: RankHandle, run: RankRun) -> None:
+        run.crashed, run.at = True, time.monotonic()
+        end = run.at + STATUS_SECONDS
+        while handle.status is None and time.monotonic() < end:
+            poll = select.poll()
+            poll.register(self._link.channel.fileno(), select.POLLIN)
+            poll.poll(50)
+            self._link.pump()
+        run.status = handle.status
+        run.stacks = read_tail(handle.stacks, 1 << 18)
+        self._read_output(handle, run)
+        if self._grace is None:
+            self._grace = time.monotonic() + GRACE
+
+    def _stop(self, waiting: list[RankRun], why: str) -> None:
+        handles = [self._handles[run.rank] for run in waiting]
+        dumps = deadline.dump_stacks(handles)
+        for handle, run, dump in zip(handles, waiting, dumps, strict=True):
+            run.stopped, run.at, run.stacks = why, time.monotonic(), dump
+            run.where = deadline.find_where(dump, handle.main_thread)
+            self._read_output(handle, run)
+        deadline.terminate(handles)
+
+    def _read_output(self, handle: RankHandle, run: RankRun) -> None:
+        run.output = read_tail(handle.output)
+        run.captured = "".join(read_tail(fd) for fd in handle.captured)

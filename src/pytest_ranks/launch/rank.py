@@ -1,0 +1,278 @@
+"""The child: one process that plays one rank, told over its channel what to run."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import importlib.util
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch.group import (
+    ProcessGroup,
+    export_rank_variables,
+    seed_everything,
+)
+from pytest_ranks.launch.processes import STACKS_SIGNAL
+from pytest_ranks.launch.wire import (
+    Channel,
+    ChannelClosed,
+    Finished,
+    Leave,
+    Raised,
+    Ready,
+    Returned,
+    RunFunction,
+    RunItem,
+    Started,
+    TearDown,
+    World,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankContext:
+    """What a test knows about the rank it runs on.
+
+    Attributes:
+        index: this rank, from 0.
+        local_rank: its number on this machine.
+        world_size: number of ranks.
+        backend: the process group's backend.
+        shared_tmp_path: a folder that is the same for all ranks of the test.
+    """
+
+    index: int
+    local_rank: int
+    world_size: int
+    backend: str
+    shared_tmp_path: Path
+    _dimensions: tuple[tuple[str, int], ...]
+    _group: ProcessGroup
+    _world: World
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh that the mark asked for, None where it asked for none."""
+        return self._group.mesh(self._world)
+
+    def gather(self, value: object) -> list[Any]:
+        """Return the values of all ranks, in order of rank, on every rank."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+_current: list[RankContext] = []  # none outside of a run, else one
+
+
+def current_rank() -> RankContext:
+    """Return the context of the rank that this process plays.
+
+    Raises:
+        UnavailableError: this process plays none.
+    """
+    if not _current:
+        raise UnavailableError(
+            "this process plays no rank: current_rank() works inside tests with "
+            "@pytest.mark.ranks(...) and inside functions that run on ranks."
+        )
+    return _current[0]
+
+
+class ItemRunner(Protocol):
+    """Runs pytest items inside a rank."""
+
+    def prepare(self, channel: Channel) -> tuple[int, ...]:
+        """Get ready after the fork; returns descriptors of the captured output."""
+
+    def run(self, request: RunItem, fail: Failing) -> Finished:
+        """Run one item; `fail` is called with each report that did not pass, at once."""
+
+    def tear_down(self) -> Finished:
+        """Run the teardowns of all live fixtures."""
+
+
+class Failing(Protocol):
+    """Takes a message about a failure, sends it, and lets the peers go."""
+
+    def __call__(self, message: object) -> None:
+        """Send the message and cut the group's sockets."""
+
+
+class Rank:
+    """One rank process, from its fork to its end."""
+
+    def __init__(self, channel: Channel, stacks: int, items: ItemRunner | None) -> None:
+        self._channel = channel
+        self._stacks = stacks
+        self._items = items
+        self._group = ProcessGroup()
+        self._cut = False
+        self._world = World(rank=0, world_size=1)
+
+    def serve(self) -> None:
+        """Answer requests until told to leave; never returns."""
+        with contextlib.suppress(ChannelClosed):
+            captured = self._items.prepare(self._channel) if self._items is not None else ()
+            self._channel.send(Ready(main_thread=threading.main_thread().ident or 0), captured)
+            while True:
+                request, _ = self._channel.receive()
+                if isinstance(request, Leave):
+                    break
+                try:
+                    self._answer(request)
+                except BaseException as error:
+                    if isinstance(error, ChannelClosed):
+                        raise
+                    self._fail(raised(error))
+        leave()
+
+    def _answer(self, request: object) -> None:
+        if isinstance(request, TearDown):
+            assert self._items is not None
+            self._channel.send(self._items.tear_down())
+            return
+        assert isinstance(request, RunFunction | RunItem)
+        self._register_stacks()
+        self._cut = False
+        self._enter(request.world)
+        self._channel.send(Started())
+        if isinstance(request, RunFunction):
+            self._channel.send(Returned(value=self._call(request)))
+            return
+        assert self._items is not None
+        finished = self._items.run(request, self._fail)
+        if request.world.keep_group:
+            finished = replace(finished, sequence=self._group.sequence())
+        else:
+            self._group.drop()
+        self._channel.send(finished)
+
+    def _enter(self, world: World) -> None:
+        self._world = world
+        if world.environment:
+            os.environ.update(world.environment)
+        export_rank_variables(world)
+        self._group.watch()
+        if world.init and world.rank_variables:
+            self._group.join(world)
+        seed_everything()
+        _current[:] = [
+            RankContext(
+                index=world.rank,
+                local_rank=world.rank,
+                world_size=world.world_size,
+                backend=world.backend,
+                shared_tmp_path=Path(world.shared_tmp_path or os.curdir),
+                _dimensions=world.mesh,
+                _group=self._group,
+                _world=world,
+            )
+        ]
+        if world.mesh:
+            self._group.mesh(world)
+
+    def _call(self, request: RunFunction) -> bytes:
+        for entry in request.sys_path:
+            if entry not in sys.path:
+                sys.path.append(entry)
+        for module in request.modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+        function = _load(request)
+        arguments, keywords = pickle.loads(request.arguments)
+        result = function(*arguments, **keywords)
+        try:
+            return pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise TypeError(
+                f"the result of rank {request.world.rank} cannot be pickled: "
+                f"{type(result).__qualname__} ({error})"
+            ) from error
+
+    def _fail(self, message: object) -> None:
+        """Send a failure before anything else happens, then let the peers go."""
+        self._channel.send(message)
+        if not self._cut:
+            self._cut = True
+            rendezvous = self._world.rendezvous
+            ports = (rendezvous.port, rendezvous.home_port) if rendezvous is not None else ()
+            self._group.cut(ports)
+
+    def _register_stacks(self) -> None:
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
+        faulthandler.enable(file=self._stacks, all_threads=True)
+
+
+def leave(code: int = 0) -> None:
+    """Flush and end this process without interpreter teardown: gloo's threads may abort that."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def raised(error: BaseException) -> Raised:
+    """Return an exception as text, with the time at which it was caught."""
+    at = time.monotonic()
+    try:
+        own = error.__traceback__
+        while own is not None and own.tb_frame.f_code.co_filename == __file__:
+            own = own.tb_next  # the reader wants the frames of the function
+        lines = traceback.format_exception(type(error), error, own or error.__traceback__)
+        headline = "".join(traceback.format_exception_only(type(error), error)).strip()
+    except Exception:  # an exception whose __str__ raises
+        lines, headline = traceback.format_tb(error.__traceback__), type(error).__qualname__
+    return Raised(headline=headline, traceback="".join(lines), at=at)
+
+
+def _load(request: RunFunction) -> Any:
+    if request.by_value is not None:
+        return pickle.loads(request.by_value)
+    assert request.target is not None
+    module_name, _, qualname = request.target.partition(":")
+    try:
+        module: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        # a test module under --import-mode=importlib, or a script: no import finds it by name
+        if request.target_file is None:
+            raise
+        spec = importlib.util.spec_from_file_location(module_name, request.target_file)
+        if spec is None or spec.loader is None:
+            raise
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    found = module
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    return found

@@ -1,0 +1,144 @@
+"""What a `ranks` mark asks for: world size, mesh, backend, deadline."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pytest_ranks.errors import BadInputError, did_you_mean
+
+BACKENDS = ("gloo",)
+SIGNATURE = (
+    "ranks(world_size: int | Sequence[int] | None = None, /, *, dp=None, tp=None, pp=None, "
+    "timeout=None, backend=None, isolate=False)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """The ranks that one test item runs on.
+
+    Attributes:
+        world_size: number of ranks.
+        mesh: names and sizes of the mesh dimensions, in the order they were given.
+        backend: the process group's backend.
+        timeout: seconds for the item after its ranks are ready, or None for the default.
+        isolate: whether the item gets freshly forked ranks of its own.
+    """
+
+    world_size: int
+    mesh: tuple[tuple[str, int], ...] = ()
+    backend: str = "gloo"
+    timeout: float | None = None
+    isolate: bool = False
+
+
+def ranks(
+    world_size: int | Sequence[int] | None = None,
+    /,
+    *,
+    timeout: float | None = None,
+    backend: str | None = None,
+    isolate: bool = False,
+    **mesh: int | None,
+) -> tuple[RankSpec, ...]:
+    """Return what the mark `ranks` with these arguments asks for, one spec for each world size.
+
+    Args:
+        world_size: number of ranks, or several for one test item each.
+        timeout: seconds for the test after its ranks are ready.
+        backend: the process group's backend.
+        isolate: give the test freshly forked ranks, kept by no other test.
+        mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, in the order of the mesh.
+
+    Raises:
+        BadInputError: an argument is unknown, of a wrong type or out of range.
+    """
+    dimensions = _mesh_dimensions(mesh)
+    sizes = _world_sizes(world_size, dimensions)
+    chosen = "gloo" if backend is None else backend
+    if chosen not in BACKENDS:
+        raise BadInputError(
+            f"ranks(backend={backend!r}): expected one of {', '.join(map(repr, BACKENDS))}."
+            f"{did_you_mean(str(backend), BACKENDS)}"
+        )
+    if timeout is not None and not _is_positive_number(timeout):
+        raise BadInputError(f"ranks(timeout={timeout!r}): expected a number of seconds above 0.")
+    if not isinstance(isolate, bool):
+        raise BadInputError(f"ranks(isolate={isolate!r}): expected True or False.")
+    return tuple(
+        RankSpec(world_size=size, mesh=dimensions, backend=chosen, timeout=timeout, isolate=isolate)
+        for size in sizes
+    )
+
+
+# What users read is the promise: the three dimensions by name. The function takes **mesh
+# because only that keeps the order in which they were written.
+ranks.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *list(inspect.signature(ranks).parameters.values())[:1],
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in ("dp", "tp", "pp")
+        ),
+        *list(inspect.signature(ranks).parameters.values())[1:-1],
+    ],
+    return_annotation=inspect.signature(ranks).return_annotation,
+)
+
+
+def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
+    known = ("dp", "tp", "pp", "timeout", "backend", "isolate")
+    for name in mesh:
+        if name not in ("dp", "tp", "pp"):
+            raise BadInputError(
+                f"ranks({name}=...): unknown argument {name!r}, expected one of "
+                f"{', '.join(map(repr, known))}.{did_you_mean(name, known)}"
+            )
+    dimensions = []
+    for name, size in mesh.items():
+        if size is None:
+            continue
+        if not _is_count(size):
+            raise BadInputError(f"ranks({name}={size!r}): expected a whole number of at least 1.")
+        dimensions.append((name, size))
+    return tuple(dimensions)
+
+
+def _world_sizes(found: object, dimensions: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+    product = math.prod(size for _, size in dimensions)
+    if found is None:
+        if not dimensions:
+            raise BadInputError("ranks(): expected a world size, as ranks(2), or a mesh, as dp=2.")
+        return (product,)
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes):
+        sizes = tuple(found)
+        if not sizes:
+            raise BadInputError("ranks([]): expected at least one world size.")
+        if len(set(map(repr, sizes))) != len(sizes):
+            raise BadInputError(f"ranks({list(sizes)!r}): a world size is named twice.")
+    else:
+        sizes = (found,)
+    for size in sizes:
+        if not _is_count(size):
+            raise BadInputError(
+                f"ranks({found!r}): world size {size!r}, expected a whole number of at least 1."
+            )
+        if dimensions and size != product:
+            mesh = ", ".join(f"{name}={value}" for name, value in dimensions)
+            raise BadInputError(
+                f"ranks({found!r}, {mesh}): the mesh multiplies out to {product} ranks, "
+                f"the world size is {size}."
+            )
+    return sizes
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf  # type: ignore[operator]

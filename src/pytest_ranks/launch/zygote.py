@@ -1,0 +1,257 @@
+"""The preloaded parent that rank processes are forked from, with the store beside it.
+
+Life cycle: a controller starts one (`python -m pytest_ranks.launch.zygote FD`, or a fork of
+itself), tells it what to import, and asks for ranks; each is a fork of this process with a
+channel of its own to the controller. The zygote never runs a test, opens no group and starts no
+thread, so that every fork is safe. It ends when its controller does, and takes everything below
+it along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import io
+import os
+import select
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from pytest_ranks.launch.group import LOOPBACK, early_variables, scrub_rank_variables
+from pytest_ranks.launch.processes import (
+    become_subreaper,
+    children,
+    descendants,
+    die_with_parent,
+    has_ended,
+    native_threads,
+    send_signal,
+)
+from pytest_ranks.launch.rank import ItemRunner, Rank
+from pytest_ranks.launch.wire import (
+    Channel,
+    ChannelClosed,
+    Collect,
+    Exited,
+    Fork,
+    Forked,
+    OpenStore,
+    Prepare,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Zygote:
+    """Serves one controller: imports, forks, reaps, reports.
+
+    Args:
+        channel: to the controller.
+        controller: pidfd of the controller.
+        collect: collects test files, in a zygote that is a pytest session.
+        items: runs items in the ranks of such a zygote.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        controller: int,
+        *,
+        collect: Callable[[tuple[str, ...]], None] | None = None,
+        items: ItemRunner | None = None,
+    ) -> None:
+        self._channel = channel
+        self._controller = controller
+        self._collect = collect
+        self._items = items
+        self._ranks: dict[int, tuple[int, int]] = {}  # pidfd -> (pid, label)
+        self._helpers: set[int] = set()  # pids of stores
+
+    def serve(self) -> NoReturn:
+        """Answer the controller until it goes, then end with everything below."""
+        signal.signal(signal.SIGTERM, lambda *_: self.end())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        become_subreaper()
+        try:
+            while True:
+                self._wait()
+        except ChannelClosed:
+            pass
+        finally:
+            self.end()
+
+    def end(self) -> NoReturn:
+        """Kill all that descends from this process and leave."""
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(0)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        for fd in (self._channel.fileno(), self._controller, *self._ranks):
+            poll.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll()]
+        for fd in ready:
+            if fd in self._ranks:
+                self._reap(fd)
+        if self._channel.fileno() in ready:
+            for message, descriptors in self._channel.receive_all():
+                self._answer(message, descriptors)
+        elif self._controller in ready:
+            raise ChannelClosed("the controller ended")
+
+    def _answer(self, message: object, descriptors: tuple[int, ...]) -> None:
+        if isinstance(message, Prepare):
+            _prepare(message)
+        elif isinstance(message, Collect):
+            assert self._collect is not None
+            self._collect(message.files)
+        elif isinstance(message, OpenStore):
+            self._open_store(descriptors[0])
+        elif isinstance(message, Fork):
+            self._fork(message, descriptors)
+
+    def _fork(self, request: Fork, descriptors: tuple[int, ...]) -> None:
+        threads = native_threads()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_rank(request, descriptors, parent)
+        pidfd = os.pidfd_open(pid)
+        self._ranks[pidfd] = (pid, request.label)
+        for fd in descriptors:
+            os.close(fd)
+        self._channel.send(Forked(label=request.label, pid=pid, native_threads=threads), (pidfd,))
+
+    def _become_rank(self, request: Fork, descriptors: tuple[int, ...], parent: int) -> NoReturn:
+        try:
+            os.setsid()  # Ctrl-C goes to the controller alone, which drives the end
+            die_with_parent(parent)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for fd in (self._channel.fileno(), self._controller, *self._ranks):
+                os.close(fd)
+            channel, output, stacks = descriptors
+            if request.output:
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                for stream in (sys.stdout, sys.stderr):
+                    if isinstance(stream, io.TextIOWrapper):  # so that a killed rank's lines stay
+                        stream.reconfigure(line_buffering=True)
+            os.close(output)
+            gc.enable()
+            Rank(Channel.from_fd(channel), stacks, self._items).serve()
+        finally:
+            os._exit(70)  # EX_SOFTWARE
+
+    def _open_store(self, channel: int) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setsid()
+                die_with_parent(parent)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.close(self._channel.fileno())
+                guarded = os.pidfd_open(parent)
+                _serve_stores(Channel.from_fd(channel), self._controller, parent, guarded)
+            finally:
+                os._exit(0)
+        os.close(channel)
+        self._helpers.add(pid)
+
+    def _reap(self, pidfd: int) -> None:
+        pid, label = self._ranks.pop(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)  # what it started and left in its group
+        self._channel.send(Exited(label=label, status=os.waitstatus_to_exitcode(status)))
+        self._kill_orphans()
+
+    def _kill_orphans(self) -> None:
+        """Once no rank is left, kill what dead ranks left behind, and reap it."""
+        if self._ranks:
+            return
+        for pid in children(os.getpid()):
+            if pid not in self._helpers:
+                for below in (*descendants(pid), pid):
+                    with contextlib.suppress(OSError):
+                        os.kill(below, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+
+
+def _prepare(request: Prepare) -> None:
+    if request.environment is not None:
+        os.environ.update(request.environment)
+    if request.working_directory is not None:
+        with contextlib.suppress(OSError):
+            os.chdir(request.working_directory)
+    if request.sys_path is not None:
+        sys.path[:] = request.sys_path
+    for entry in request.modules:
+        module, _, name = entry.partition(":")
+        with contextlib.suppress(Exception):  # the rank will meet it where it can be reported
+            found = importlib.import_module(module)
+            if name:  # packages that import on demand do so when the name is looked up
+                getattr(found, name)
+    gc.collect()
+    gc.freeze()  # so that a collection in a rank does not copy every shared page
+
+
+def _serve_stores(channel: Channel, controller: int, zygote: int, guarded: int) -> None:
+    """Open a TCP store on port 0 for each request; stand guard over the zygote meanwhile.
+
+    A zygote that hangs in an import cannot see that its controller is gone; this process can.
+    """
+    stores: dict[int, object] = {}
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    poll.register(controller, select.POLLIN)
+    while True:
+        ready = [fd for fd, _ in poll.poll()]
+        if controller in ready:
+            if not has_ended(guarded, timeout=2):
+                below = [pid for pid in descendants(zygote) if pid != os.getpid()]
+                send_signal(guarded, signal.SIGKILL)
+                for pid in below:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+            return
+        try:
+            requests = channel.receive_all()
+        except ChannelClosed:
+            poll.unregister(channel.fileno())
+            continue
+        for (verb, port), _ in requests:
+            if verb == "close":
+                stores.pop(port, None)
+                continue
+            try:
+                import torch.distributed as dist
+
+                store = dist.TCPStore(  # type: ignore[attr-defined]
+                    LOOPBACK, 0, is_master=True, wait_for_workers=False
+                )
+            except Exception as error:
+                channel.send(f"{type(error).__name__}: {error}")
+                continue
+            stores[store.port] = store
+            channel.send(store.port)
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Serve the controller whose channel was inherited; no pytest session."""
+    os.environ.update(early_variables())
+    scrub_rank_variables()
+    channel = Channel.from_fd(int(arguments[0]))
+    Zygote(channel, int(arguments[1])).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

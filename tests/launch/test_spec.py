@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from pytest_ranks.errors import BadInputError
+from pytest_ranks.launch.spec import SIGNATURE, RankSpec, ranks
+
+
+def test_a_world_size_gives_one_spec():
+    assert ranks(4) == (RankSpec(world_size=4),)
+
+
+def test_a_list_gives_one_spec_for_each_world_size():
+    assert [spec.world_size for spec in ranks([1, 2, 4], timeout=5)] == [1, 2, 4]
+
+
+def test_a_mesh_multiplies_out_in_the_order_given():
+    (spec,) = ranks(tp=2, dp=3)
+    assert spec.world_size == 6
+    assert spec.mesh == (("tp", 2), ("dp", 3))
+
+
+def test_the_signature_that_users_read_is_the_functions_own():
+    names = list(inspect.signature(ranks).parameters)
+    assert names == ["world_size", "dp", "tp", "pp", "timeout", "backend", "isolate"]
+    assert all(name in SIGNATURE for name in names)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        ((), {}, "ranks(): expected a world size, as ranks(2), or a mesh, as dp=2."),
+        ((0,), {}, "ranks(0): world size 0, expected a whole number of at least 1."),
+        ((True,), {}, "ranks(True): world size True, expected a whole number of at least 1."),
+        (("2",), {}, "ranks('2'): world size '2', expected a whole number of at least 1."),
+        (([],), {}, "ranks([]): expected at least one world size."),
+        (([2, 2],), {}, "ranks([2, 2]): a world size is named twice."),
+        (
+            (8,),
+            {"dp": 2, "tp": 2},
+            "ranks(8, dp=2, tp=2): the mesh multiplies out to 4 ranks, the world size is 8.",
+        ),
+        ((), {"dp": 0}, "ranks(dp=0): expected a whole number of at least 1."),
+        ((2,), {"timeout": 0}, "ranks(timeout=0): expected a number of seconds above 0."),
+        ((2,), {"isolate": 1}, "ranks(isolate=1): expected True or False."),
+        (
+            (2,),
+            {"backend": "glo"},
+            "ranks(backend='glo'): expected one of 'gloo'. Did you mean 'gloo'?",
+        ),
+        (
+            (2,),
+            {"timout": 3},
+            "ranks(timout=...): unknown argument 'timout', expected one of 'dp', 'tp', 'pp', "
+            "'timeout', 'backend', 'isolate'. Did you mean 'timeout'?",
+        ),
+    ],
+)
+def test_bad_arguments_get_one_sentence(args, kwargs, text):
+    with pytest.raises(BadInputError) as caught:
+        ranks(*args, **kwargs)
+    assert str(caught.value) == text
