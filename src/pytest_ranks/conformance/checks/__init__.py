@@ -1,0 +1,1 @@
+"""The suites: one file a suite, one function `check_<claim>` a claim."""

@@ -1,0 +1,283 @@
+"""Is every sample drawn as often, by whom and in the order that was said?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from pytest_ranks.conformance.check import check
+from pytest_ranks.conformance.checks.loss import stepped_at
+from pytest_ranks.conformance.findings import Finding, Inconclusive
+from pytest_ranks.conformance.job import Optimizer
+from pytest_ranks.conformance.reading import drawn, micro_batches, read_step
+from pytest_ranks.models.corpora import NULL_ID, Corpus, uniform_corpus
+from pytest_ranks.models.ledger import LEDGER_VOCAB
+
+if TYPE_CHECKING:
+    from pytest_ranks.conformance.reading import MicroBatch
+    from pytest_ranks.conformance.runner import Bench, Run
+
+SMALL = Optimizer(lr=1e-3)
+"""These claims are about samples, not updates: any learning rate that keeps parameters finite will do."""
+
+SHUFFLED = 24
+"""Samples in the claims about order: two random orders of so many agree by chance once in 24! = 6e23."""
+
+
+def _epochs(
+    bench: Bench, count: int, *, epochs: int, shuffle: bool = False, seed: int = 11
+) -> tuple[Run, list[MicroBatch], Corpus]:
+    """Train epochs of a uniform corpus with the smallest windows that exercise accumulation."""
+    corpus = uniform_corpus(count, vocab_size=LEDGER_VOCAB)
+    accumulation = 2 if bench.capabilities.gradient_accumulation else 1
+    job = bench.job(
+        "ledger",
+        corpus,
+        micro_batch=2 if count > 2 else 1,
+        gradient_accumulation_steps=accumulation,
+        max_steps=None,
+        epochs=epochs,
+        shuffle=shuffle,
+        seed=seed,
+        optimizer=SMALL,
+    )
+    run = bench.train(job)
+    batches = micro_batches(run, corpus)
+    if not batches:
+        raise Inconclusive("no training forward of the job's model was seen")
+    return run, batches, corpus
+
+
+def _draws(bench: Bench, count: int) -> tuple[Run, Counter[int]]:
+    run, batches, _ = _epochs(bench, count, epochs=1)
+    return run, Counter(drawn(batches))
+
+
+@check()
+def check_each_sample_once_an_epoch(bench: Bench) -> None:
+    """Count how often each sample went through the model in one epoch, for sizes around the global batch.
+
+    Claim: In an epoch each sample MUST be drawn once, except as the declared tail policy says.
+
+    Why it matters: Samples that every rank sees, or that some never see, bias what is learned; evaluation counts them
+    twice.
+
+    Likely causes: No shard per rank; a wrap-around that is not declared; a filter that drops samples unseen.
+
+    Reference: https://github.com/pytorch/pytorch/issues/25162
+    """
+    tail = bench.capabilities.tail
+    world = bench.setting.world_size
+    for count in (1, 7, 8, 9) if tail in ("partial", "pad") else (8, 9):
+        if tail == "drop" and count < 8:
+            continue
+        run, counts = _draws(bench, count)
+        wrong = _tail_violations(counts, count, run, tail)
+        if wrong:
+            raise Finding(
+                f"in an epoch each sample MUST be drawn once (tail={tail!r})",
+                f"{count} samples on {world} ranks: {wrong}",
+                cause=_draw_cause(counts, count, world),
+                reference="https://github.com/huggingface/transformers/pull/11254",
+                where=stepped_at(run),
+                run=str(run.folder),
+            )
+
+
+def _tail_violations(counts: Counter[int], count: int, run: Run, tail: str) -> str:
+    missing = [index for index in range(count) if not counts[index]]
+    twice = {index: times for index, times in counts.items() if times > 1}
+    if tail == "partial" and (missing or twice):
+        return _said(missing, twice)
+    if tail == "pad":
+        # A wrapped-around epoch fills at most one global batch, and draws no sample a third time before all a second.
+        extra = sum(counts.values()) - count
+        uneven = count >= run.job.global_batch and max(counts.values()) > 2
+        if missing or extra >= max(run.job.global_batch, 1) or uneven:
+            return _said(missing, twice)
+    if tail in ("drop", "carry") and (twice or len(missing) >= run.job.global_batch):
+        return _said(missing, twice)
+    return ""
+
+
+def _said(missing: list[int], twice: dict[int, int]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"samples {missing[:6]} were never drawn")
+    if twice:
+        parts.append(f"draws of sample: {dict(sorted(twice.items())[:6])}")
+    return "; ".join(parts) or "more padding than one global batch"
+
+
+def _draw_cause(counts: Counter[int], count: int, world: int) -> str:
+    if world > 1 and all(counts[index] == world for index in range(count)):
+        return "every rank iterates over all samples: there is no shard per rank"
+    if not all(counts[index] for index in range(count)):
+        return "samples left over at the end of the epoch are dropped"
+    return "the tail is filled by drawing samples again"
+
+
+@check(worlds=(2, 4))
+def check_ranks_see_different_samples(bench: Bench) -> None:
+    """Compare which samples each rank drew in an epoch without a tail.
+
+    Claim: The ranks' samples MUST be disjoint, and their union the dataset.
+
+    Why it matters: Ranks that iterate over the same samples do the same work many times.
+
+    Likely causes: The sampler does not know rank and world size; every rank shuffles for itself with another seed.
+
+    Reference: https://github.com/huggingface/datasets/issues/5360
+    """
+    count = 16
+    run, batches, _ = _epochs(bench, count, epochs=1, shuffle=True)
+    ranks = {batch.rank for batch in batches}
+    by_rank = {
+        rank: {s for batch in batches if batch.rank == rank for s in batch.samples}
+        for rank in sorted(ranks)
+    }
+    for rank, samples in by_rank.items():
+        for other, theirs in by_rank.items():
+            if rank < other and samples & theirs:
+                raise Finding(
+                    "the samples of different ranks MUST be disjoint",
+                    f"ranks {rank} and {other} both drew samples {sorted(samples & theirs)[:6]} of {count}",
+                    cause=(
+                        "every rank iterates over the same stream"
+                        if samples == theirs
+                        else "ranks shuffle differently, so that their shards overlap"
+                    ),
+                    reference="https://github.com/huggingface/datasets/issues/5360",
+                    where=stepped_at(run),
+                    run=str(run.folder),
+                )
+
+
+@check(worlds=(1, 2))
+def check_order_changes_every_epoch(bench: Bench) -> None:
+    """Compare the orders of two shuffled epochs.
+
+    Claim: With shuffle on, the order of an epoch MUST depend on the epoch.
+
+    Why it matters: The same order each epoch repeats the same global batches, and the same neighbours in packed rows.
+
+    Likely causes: set_epoch is not called; the generator is seeded anew each epoch.
+
+    Reference: https://github.com/pytorch/pytorch/issues/31771
+    """
+    run, batches, _ = _epochs(bench, SHUFFLED, epochs=2, shuffle=True)
+    first, second = _halves(batches)
+    if first == second:
+        raise Finding(
+            "with shuffle on, the order MUST depend on the epoch",
+            f"both epochs drew {first[:8]}...",
+            cause="the sampler is not told the epoch (set_epoch)",
+            reference="https://github.com/huggingface/transformers/issues/4398",
+            where=stepped_at(run),
+            run=str(run.folder),
+        )
+
+
+def _halves(batches: list[MicroBatch]) -> tuple[list[int], list[int]]:
+    """Return rank 0's draws of the first and the second epoch."""
+    mine = [sample for batch in batches if batch.rank == 0 for sample in batch.samples]
+    return mine[: len(mine) // 2], mine[len(mine) // 2 :]
+
+
+@check(worlds=(1, 2))
+def check_order_depends_on_the_seed(bench: Bench) -> None:
+    """Compare shuffled epochs of two seeds, and of the same seed twice.
+
+    Claim: With shuffle on, the order MUST depend on the seed, and on nothing else that is random.
+
+    Why it matters: Runs that differ in the seed only are how noise is measured; runs with the same seed are how bugs are
+    found.
+
+    Likely causes: A constant seed in the sampler; a generator that is not seeded; without shuffle, a shuffle all the same.
+
+    Reference: https://github.com/pytorch/pytorch/issues/31771
+    """
+    orders = {}
+    for seed in (11, 12):
+        run, batches, _ = _epochs(bench, SHUFFLED, epochs=1, shuffle=True, seed=seed)
+        orders[seed] = [sample for batch in batches if batch.rank == 0 for sample in batch.samples]
+    plain = sorted(orders[11])
+    if orders[11] in (orders[12], plain):
+        kind = (
+            "in the order of the file"
+            if orders[11] == plain
+            else "in the same order for seeds 11 and 12"
+        )
+        raise Finding(
+            "with shuffle on, the order MUST depend on the seed",
+            f"samples were drawn {kind}: {orders[11][:8]}...",
+            cause="shuffle is ignored"
+            if orders[11] == plain
+            else "the sampler does not use the job's seed",
+            where=stepped_at(run),
+            run=str(run.folder),
+        )
+
+
+@check(worlds=(2, 4))
+def check_equal_steps_on_all_ranks(bench: Bench) -> None:
+    """Train an epoch that does not divide by the ranks, and count each rank's steps.
+
+    Claim: All ranks MUST take the same number of steps and forwards.
+
+    Why it matters: A rank with one batch more waits for ever in a collective.
+
+    Likely causes: Shards of different lengths; an empty micro-batch that is skipped on one rank.
+
+    Reference: https://github.com/axolotl-ai-cloud/axolotl/pull/461
+    """
+    world = bench.setting.world_size
+    count = (5 if bench.capabilities.tail == "drop" else 4) * world + 1
+    run, _, _ = _epochs(bench, count, epochs=1)
+    steps = [len(seen.steps) for seen in run.observed]
+    if len(set(steps)) > 1:
+        raise Finding(
+            "all ranks MUST take the same number of optimizer steps",
+            f"steps by rank: {steps} for {count} samples",
+            cause="shards of different lengths",
+            reference="https://github.com/huggingface/datasets/issues/6437",
+            where=stepped_at(run),
+            run=str(run.folder),
+        )
+
+
+@check(worlds=(1,))
+def check_no_stale_cache(bench: Bench) -> None:
+    """Train on one dataset, then on another of the same size in the same process, and read the second one's ledger.
+
+    Claim: A run MUST train on its own samples, whatever was trained before.
+
+    Why it matters: A tokenised dataset cached under a key that leaves something out is used for the next one.
+
+    Likely causes: A cache key without the content, the tokenizer or the template; module-level state.
+
+    Reference: https://github.com/huggingface/trl/issues/1252
+    """
+    first = uniform_corpus(8, vocab_size=LEDGER_VOCAB)
+    shifted = tuple(
+        {
+            name: [token + 100 if token > 1 else token for token in sample[name]]
+            for name in ("input_ids", "labels")
+        }
+        for sample in first.samples
+    )
+    second = Corpus(samples=shifted, vocab_size=LEDGER_VOCAB)
+    _, run = bench.train_in_turn(
+        [bench.job("ledger", corpus, micro_batch=8) for corpus in (first, second)]
+    )
+    reading = read_step(run, second)
+    stale = [pair for pair in reading.trained() if pair in first.targets() and pair[0] != NULL_ID]
+    if stale:
+        raise Finding(
+            "a run MUST train on its own samples",
+            f"{len(stale)} targets of the dataset before were trained, {len(reading.wanted)} of its own were to be",
+            cause="a cache of prepared samples whose key leaves out their content",
+            reference="https://github.com/huggingface/trl/issues/1252",
+            where=stepped_at(run),
+            run=str(run.folder),
+        )

@@ -1,0 +1,1 @@
+"""What training did: inputs of forwards, optimizer steps, collectives."""

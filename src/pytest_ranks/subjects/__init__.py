@@ -1,0 +1,1 @@
+"""Ready-made subjects: trainers that the suites can be pointed at."""
