@@ -5,24 +5,17 @@ from __future__ import annotations
 import functools
 import random
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pytest_ranks.errors import BadInputError, UnavailableError, did_you_mean
-from pytest_ranks.models.meanings import (
-    HEAD_DIM,
-    HEADS,
-    KEY_VALUE_HEADS,
-    LAYERS,
-    OWN_WIDTH,
-    Scale,
-)
-from pytest_ranks.models.shrink import own_fields, pattern_config, tiny_config
-from pytest_ranks.models.tokenizers import VOCAB_SIZE, byte_tokenizer
+from pytest_ranks.models.overrides import SPECIAL_IDS, check_token_ids, own_names, scale_of
+from pytest_ranks.models.particulars import NOT_ALONE
+from pytest_ranks.models.shrink import pattern_config, tiny_config
+from pytest_ranks.models.tokenizers import EOS_ID, VOCAB_SIZE, byte_tokenizer
 
 if TYPE_CHECKING:
     import os
@@ -30,17 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Accepted by every config, though few declare them.
-EXTRA_FIELDS: Final = ("tie_word_embeddings", "attn_implementation")
-
-# Overrides that other sizes follow, by the number of `Scale` that they set.
-SCALED_BY: Final = {
-    "layers": LAYERS,
-    "kv_heads": KEY_VALUE_HEADS,
-    "heads": HEADS,
-    "head_dim": HEAD_DIM,
-    "hidden": OWN_WIDTH,
-}
+PARAMETER_BUDGET = 1_000_000
 
 
 def causal_lm_families() -> tuple[str, ...]:
@@ -70,13 +53,18 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Pre
         BadInputError: unknown family or override, or values that make no valid model.
         UnavailableError: transformers, or a package that the family needs, is not installed.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise BadInputError(f"seed is {seed!r}: expected an integer")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise BadInputError(f"seed is {seed!r}: expected an integer from 0 to 2**64 - 1")
     config_class = _config_class(family)
-    tokenizer = byte_tokenizer(vocab_size=overrides.get("vocab_size", VOCAB_SIZE))
+    tokenizer = byte_tokenizer(
+        vocab_size=overrides.get("vocab_size", VOCAB_SIZE),
+        pad_equals_eos=overrides.get("pad_token_id") == EOS_ID,
+    )
+    check_token_ids(overrides, tokenizer)
     config = _config(family, config_class, overrides, pad_id=tokenizer.pad_token_id)
     model = _build(family, config, overrides, seed=seed)
     _name_tokens(model, tokenizer)
+    _check_model(family, model, overrides)
     model.tokenizer = tokenizer
     model.save = functools.partial(save, model, config=_loadable(model, config))
     return model.train()
@@ -133,6 +121,10 @@ def _config_class(family: str) -> type[PretrainedConfig]:
             f"family is {family!r}: expected a causal language model type of transformers.{near} "
             f"pytest_ranks.models.causal_lm_families() lists all {len(families)}"
         )
+    if family in NOT_ALONE:
+        raise UnavailableError(
+            f"{family!r} is no text model that stands alone: {NOT_ALONE[family]}"
+        )
     from transformers import CONFIG_MAPPING
 
     config_class: type[PretrainedConfig] = CONFIG_MAPPING[family]
@@ -148,89 +140,27 @@ def _config(
 ) -> PretrainedConfig:
     """Return the tiny config with the user's overrides in it."""
     try:
-        own = _own_names(family, config_class, overrides)
+        own = own_names(family, config_class, overrides)
         pattern = pattern_config(config_class, own)
-        scale, layers = _scale(family, own, pattern)
-        return tiny_config(pattern, scale=scale, pad_id=pad_id, overrides=own, layers=layers)
+        scale, layers = scale_of(family, own, pattern)
+        config = tiny_config(pattern, scale=scale, pad_id=pad_id, overrides=own, layers=layers)
     except BadInputError:
         raise
     except Exception as error:
         raise _refusal(family, overrides, error) from error
-
-
-def _own_names(
-    family: str, config_class: type[PretrainedConfig], overrides: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the overrides under the family's own field names (`n_embd` for `hidden_size`)."""
-    if not overrides:
-        return {}
-    parts = _parts(pattern_config(config_class, {}))
-    aliases = {alias: name for part in parts for alias, name in part.attribute_map.items()}
-    known = {name for part in parts for name in own_fields(type(part))} | set(EXTRA_FIELDS)
-    for name in overrides:
-        if name not in known and name not in aliases:
-            near = did_you_mean(name, known | set(aliases))
-            raise BadInputError(
-                f"{name} is no config field of {family!r}.{near} "
-                f"Fields of {config_class.__name__} can be overridden"
-            )
-    return {name if name in known else aliases[name]: v for name, v in overrides.items()}
-
-
-def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """Return a config and its parts (`text_config`), parts of parts included."""
-    parts = [config]
-    for name in config.sub_configs:
-        if getattr(config, name, None) is not None:
-            parts += _parts(getattr(config, name))
-    return parts
-
-
-def _scale(
-    family: str, overrides: dict[str, Any], pattern: PretrainedConfig
-) -> tuple[Scale, int | None]:
-    """Return the numbers that sizes are derived from, after the user's wishes."""
-    scale = Scale(vocab_size=overrides.get("vocab_size", VOCAB_SIZE))
-    layers = None
-    for name, value in overrides.items():
-        of = next((kind for kind, names in SCALED_BY.items() if names.fullmatch(name)), None)
-        if of is None or value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BadInputError(f"{name} is {value!r}: expected an integer of 1 or more")
-        if of == "layers":
-            layers = value
-        elif of != "kv_heads":
-            scale = replace(scale, **{of: value})
-    _check_heads(family, overrides, scale, pattern)
-    return scale, layers
-
-
-def _check_heads(
-    family: str, overrides: dict[str, Any], scale: Scale, pattern: PretrainedConfig
-) -> None:
-    """Refuse head counts that do not divide what they split."""
-    if scale.hidden % scale.heads and scale.head_dim is None:
-        way_out = ", or give head_dim" if hasattr(pattern.get_text_config(), "head_dim") else ""
-        raise BadInputError(
-            f"{family!r} with {scale.heads} attention heads and width {scale.hidden}: the heads "
-            f"must divide the width; use a multiple of {scale.heads}{way_out}"
-        )
-    for name, value in overrides.items():
-        if KEY_VALUE_HEADS.fullmatch(name) and value and scale.heads % value:
-            raise BadInputError(
-                f"{name}={value} with {scale.heads} attention heads: "
-                f"the key and value heads must divide the attention heads"
-            )
+    if "tie_word_embeddings" in own:  # some families obey it without declaring it
+        config.tie_word_embeddings = own["tie_word_embeddings"]
+    return config
 
 
 def _build(family: str, config: PretrainedConfig, overrides: dict[str, Any], *, seed: int) -> Any:
     """Build the model; its weights depend on the seed alone."""
     from transformers import AutoModelForCausalLM
 
+    attention = {k: v for k, v in overrides.items() if k == "attn_implementation"}
     with own_random_state(seed), torch.device("cpu"):
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
         except Exception as error:
             raise _refusal(family, overrides, error) from error
 
@@ -268,9 +198,26 @@ def _refusal(family: str, overrides: dict[str, Any], error: Exception) -> Except
     )
 
 
+def _check_model(family: str, model: Any, overrides: dict[str, Any]) -> None:
+    """Refuse a model that is not what was promised or asked for."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters >= PARAMETER_BUDGET and not overrides:  # what a user asked for may be big
+        raise UnavailableError(
+            f"{family!r} keeps {parameters} parameters, more than {PARAMETER_BUDGET}: one of its "
+            f"config fields is not known as a size; override it"
+        )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    if overrides.get("tie_word_embeddings", tied) != tied:
+        raise BadInputError(
+            f"tie_word_embeddings={not tied} has no effect on {family!r}: "
+            f"its embeddings are {'always' if tied else 'never'} tied"
+        )
+
+
 def _name_tokens(model: Any, tokenizer: Any) -> None:
     """Give the model the tokenizer's special ids wherever trainers and `generate` look."""
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in SPECIAL_IDS:
         setattr(model.config, name, getattr(tokenizer, name))
         if model.generation_config is not None:
             setattr(model.generation_config, name, getattr(tokenizer, name))

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_ranks.models.tokenizers import BYTES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -116,8 +118,18 @@ def at_most(limit: Callable[[Scale], int]) -> Callable[..., int]:
     return lambda _name, default, scale, _family: min(default, limit(scale))
 
 
+WINDOWS = re.compile(
+    r"(?!no_)\w*(window_size|sliding_window(_size)?|window_len|local_attention)"
+    r"|attention_chunk_size"
+)
+
 MEANINGS: Final[tuple[tuple[str, re.Pattern[str], Callable[..., int]], ...]] = (
-    ("tokens", re.compile(r"\w*vocab_size\w*|\w+_vocab"), at_most(lambda s: s.vocab_size)),
+    (
+        "tokens",  # also where the family's own is smaller: the tokenizer's ids must fit
+        re.compile(r"vocab_size"),
+        lambda _n, default, s, _f: s.vocab_size if default > BYTES else default,
+    ),
+    ("other tokens", re.compile(r"\w*vocab_size\w*|\w+_vocab"), at_most(lambda s: s.vocab_size)),
     ("layers", LAYERS, at_most(lambda s: s.layers)),
     ("last layer", re.compile(r"moe_layer_end_index"), at_most(lambda s: s.layers - 1)),
     (
@@ -181,29 +193,28 @@ MEANINGS: Final[tuple[tuple[str, re.Pattern[str], Callable[..., int]], ...]] = (
         at_most(lambda s: s.positions // 4),
     ),
     (
-        "positions",
+        "positions",  # also where the family's own are fewer; a handful are not text positions
         re.compile(
-            r"\w*max_\w*position\w*|n_positions|n_ctx|max_seq_len|context_length|model_max_length"
-            r"|rel_extent|mem_len|\w*max_distance"
+            r"max_(target_)?(position_embeddings|positions)|n_positions|n_ctx|max_seq_len"
+            r"|context_length|model_max_length"
         ),
-        at_most(lambda s: s.positions),
+        lambda _n, default, s, _f: s.positions if default > s.window else default,
     ),
     (
-        "windows",
-        re.compile(
-            r"(?!no_)\w*(window_size|sliding_window(_size)?|window_len|local_attention)"
-            r"|attention_chunk_size"
-        ),
-        _window,
+        "other positions",
+        re.compile(r"\w*max_\w*position\w*|rel_extent|mem_len|\w*max_distance"),
+        at_most(lambda s: s.positions),
     ),
+    ("windows", WINDOWS, _window),
     (
         "chunks",
         re.compile(r"(?!.*feed_forward).*chunk_(size|length)|block_size|index_block_size"),
         at_most(lambda s: s.top),
     ),
+    ("chosen blocks", re.compile(r"index_topk_blocks"), at_most(lambda _: 2)),
     (
         "chosen tokens",
-        re.compile(r"index\w*_(topk|budget)|index_topk\w*"),
+        re.compile(r"index\w*_(topk|budget)|index_topk"),
         at_most(lambda s: s.top),
     ),
     (

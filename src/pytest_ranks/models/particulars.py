@@ -31,6 +31,8 @@ PARTICULARS: Final[dict[str, dict[str, Any]]] = {
     },
     # Its attention reads a field that its config class does not declare, and always clips.
     "DbrxAttentionConfig": {"rope_theta": 500_000.0, "clip_qkv": 8.0},
+    # Its rotary part is fixed, so the size of its heads cannot follow the width.
+    "dots3_note_text": {"head_dim": 32},
     # Experts of which every token uses all: the default config leaves their number open.
     "dots1": {"n_shared_experts": 1},
     # Text alone: with the default, the model takes the first positions for an image and cuts them.
@@ -54,6 +56,8 @@ PARTICULARS: Final[dict[str, dict[str, Any]]] = {
         "indexer_budget": lambda scale: scale.top,
         "indexer_compress_ratio": 4,
     },
+    # The pattern is counted in blocks, not in layers.
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     # Axial position embeddings train on sequences of exactly one length only.
     "reformer": {"axial_pos_embds": False},
     # A forward without `lang_ids` needs a default.
@@ -63,6 +67,16 @@ PARTICULARS: Final[dict[str, dict[str, Any]]] = {
         "num_hidden_layers": 4,
         "layers_block_type": _in_turn("linear_attention", "hybrid"),
     },
+}
+
+
+# Families that are listed as causal language models but are no text model that stands alone.
+NOT_ALONE: Final[dict[str, str]] = {
+    "gemma4_assistant": "it drafts for a gemma4 model and reads that model's keys and values",
+    "gemma4_unified_assistant": "it drafts for a gemma4_unified model and reads its keys and "
+    "values",
+    "musicgen": "its decoder is trained on audio codes",
+    "musicgen_melody": "its decoder is trained on audio codes",
 }
 
 

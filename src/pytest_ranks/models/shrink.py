@@ -11,7 +11,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.models.layers import SHARED_LAYERS, choose_layers, layer_count, layer_numbers
-from pytest_ranks.models.meanings import hidden_of, tiny_value, unset_value
+from pytest_ranks.models.meanings import WINDOWS, hidden_of, tiny_value, unset_value
 from pytest_ranks.models.particulars import particulars_of
 from pytest_ranks.models.tokenizers import BOS_ID, EOS_ID, FIRST_RESERVED_ID
 
@@ -88,7 +88,10 @@ def tiny_config(
             arguments[name] = unset_value(name, scale)
             continue
         tiny = _tiny(name, value, scale=scale, values=values, chosen=chosen)
-        if name not in derived or (isinstance(value, (list, dict)) and tiny != value):
+        # What is worked out from other fields is left to the family; lists, rotary parameters and
+        # windows it works out from numbers of its own.
+        own = isinstance(value, (list, dict)) or WINDOWS.fullmatch(name)
+        if name not in derived or (own and tiny != value):
             arguments[name] = tiny
     arguments.update(_token_ids(values, pad_id=pad_id))
     arguments.update(_training_switches(values, config_class))
