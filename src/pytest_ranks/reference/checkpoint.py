@@ -133,7 +133,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise BadInputError(f"there is no checkpoint {path}.") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInputError(f"{path} is not a readable checkpoint ({reason}).") from error
     parts = {"model", "optimizer", "scheduler", "progress", "settings", "random"}
     if not isinstance(state, dict) or not parts <= state.keys():

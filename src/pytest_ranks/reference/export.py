@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,10 @@ def export_model(
     state = consolidated_state(model, dtype=dtype)
     if world.rank == 0:
         model.save_pretrained(directory, state_dict=state)
+        if dtype is not None:  # it wrote the dtype that the model has in memory
+            config = copy.deepcopy(model.config)
+            config.dtype = dtype
+            config.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
     world.barrier()

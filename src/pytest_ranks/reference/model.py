@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +77,13 @@ def align(model: Any, tokenizer: Any) -> list[str]:
 def padding_id(model: Any, tokenizer: Any) -> int:
     """Return the token that fills rows: the tokenizer's, else the model's, else 0.
 
-    Any id serves: padding is neither attended to nor trained.
+    Any id that the embedding has a row for serves: padding is neither attended to nor trained.
     """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(getattr(embedding, "weight", None), "shape", [math.inf])[0]
     for owner in (tokenizer, getattr(model, "config", None)):
         found = getattr(owner, "pad_token_id", None)
-        if found is not None and found >= 0:
+        if found is not None and 0 <= found < rows:
             return int(found)
     return 0
 
