@@ -55,7 +55,7 @@ class DeadlineError(Exception):
     """The family took longer than its deadline."""
 
 
-def try_family(family: str, *, deadline: int) -> Trial:
+def try_family(family: str, *, deadline: float) -> Trial:
     """Build, train, save and reload one family.
 
     Args:
@@ -163,16 +163,16 @@ def _seeded(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @contextmanager
-def _alarm(seconds: int) -> Iterator[None]:
+def _alarm(seconds: float) -> Iterator[None]:
     def ring(_signal: int, _frame: FrameType | None) -> None:
-        raise DeadlineError(f"not done after {seconds} s")
+        raise DeadlineError(f"not done after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print a line a family and the share reached; return 1 where that is too little."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", nargs="+", default=None, help="only these")
-    parser.add_argument("--deadline", type=int, default=60, help="seconds a family (60)")
+    parser.add_argument("--deadline", type=float, default=60, help="seconds a family (60)")
     parser.add_argument("--reach", type=float, default=REACH, help="least share reached (0.9)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
