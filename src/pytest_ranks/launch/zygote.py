@@ -136,15 +136,13 @@ class Zygote:
             for fd in (self._channel.fileno(), self._controller, *self._ranks):
                 os.close(fd)
             channel, output, stacks = descriptors
-            if request.output:
+            if self._items is None:
                 os.dup2(output, 1)
                 os.dup2(output, 2)
                 for stream in (sys.stdout, sys.stderr):
                     if isinstance(stream, io.TextIOWrapper):  # so that a killed rank's lines stay
                         stream.reconfigure(line_buffering=True)
-            os.close(output)
-            gc.enable()
-            Rank(Channel.from_fd(channel), stacks, self._items).serve()
+            Rank(Channel.from_fd(channel), output, stacks, self._items).serve()
         finally:
             os._exit(70)  # EX_SOFTWARE
 

@@ -6,9 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_ranks.conformance.check import check
-from pytest_ranks.conformance.checks.loss import stepped_at
 from pytest_ranks.conformance.findings import Finding, Inconclusive
 from pytest_ranks.conformance.job import Optimizer
+from pytest_ranks.conformance.judging import stepped_at
 from pytest_ranks.conformance.reading import drawn, micro_batches, read_step
 from pytest_ranks.models.corpora import NULL_ID, Corpus, uniform_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB

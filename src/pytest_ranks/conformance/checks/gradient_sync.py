@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from pytest_ranks.conformance import oracle
 from pytest_ranks.conformance.causes import expected_weights, weight_hypotheses
 from pytest_ranks.conformance.check import check
-from pytest_ranks.conformance.checks.loss import (
+from pytest_ranks.conformance.findings import Finding, Inconclusive, diagnose
+from pytest_ranks.conformance.job import Optimizer
+from pytest_ranks.conformance.judging import (
     CORPUS,
     LEDGER_TOLERANCE,
     UPDATE_TOLERANCE,
@@ -17,8 +19,6 @@ from pytest_ranks.conformance.checks.loss import (
     stepped_at,
     weights_in_words,
 )
-from pytest_ranks.conformance.findings import Finding, Inconclusive, diagnose
-from pytest_ranks.conformance.job import Optimizer
 from pytest_ranks.conformance.reading import drawn, micro_batches, require_finite
 from pytest_ranks.models.corpora import counted_targets, unique_token_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB, read_ledger
@@ -229,7 +229,7 @@ def check_clipping_law(bench: Bench) -> None:
     run = _one_step(bench, max_grad_norm=limit)
     update = _update(bench, run)
     length = oracle.norm(update)
-    factor, rest = oracle.best_factor(update, wanted)
+    _, rest = oracle.best_factor(update, wanted)
     if abs(length / limit - 1) > CLIP_TOLERANCE or rest > CLIP_TOLERANCE:
         if abs(length / size - 1) < CLIP_TOLERANCE:
             cause = "gradients are not clipped"

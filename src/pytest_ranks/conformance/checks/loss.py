@@ -7,54 +7,26 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_ranks.conformance import oracle
-from pytest_ranks.conformance.causes import expected_weights, explain_positions, weight_hypotheses
+from pytest_ranks.conformance.causes import explain_positions
 from pytest_ranks.conformance.check import check
-from pytest_ranks.conformance.findings import Finding, Hypothesis, Inconclusive, diagnose
-from pytest_ranks.conformance.reading import drawn, micro_batches, read_step, require_finite
+from pytest_ranks.conformance.findings import Finding, Inconclusive
+from pytest_ranks.conformance.judging import (
+    CORPUS,
+    LEDGER_TOLERANCE,
+    judge_update,
+    judge_weights,
+    layout_of,
+    ledger_readings,
+    stepped_at,
+)
+from pytest_ranks.conformance.reading import drawn, micro_batches, require_finite
 from pytest_ranks.models.corpora import NULL_ID, counted_targets, unique_token_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB, read_ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pytest_ranks.conformance.reading import Reading
     from pytest_ranks.conformance.runner import Bench, Run
     from pytest_ranks.models.corpora import Corpus
-
-LEDGER_TOLERANCE = 1e-5
-"""On weight x N: float32 noise on the ledger is 1e-7, the smallest error of a wrong formula that was tried 2.5e-2."""
-
-UPDATE_TOLERANCE = 1e-5
-"""Relative L2 of a float32 update: 8 eps sqrt(layers + 2), eps = 1.2e-7, is 2e-6; measured noise is 5e-7."""
-
-CORPUS = unique_token_corpus(vocab_size=LEDGER_VOCAB)
-
-
-def ledger_readings(bench: Bench, *, model: str = "ledger") -> Iterator[Reading]:
-    """Yield the ledger of one step on eight uneven samples, for up to three layouts of the same global batch."""
-    layouts = bench.layouts(len(CORPUS.samples))
-    if not layouts:
-        raise Inconclusive(
-            f"a global batch of {len(CORPUS.samples)} samples cannot be laid out on this world size"
-        )
-    for micro_batch, accumulation in dict.fromkeys(
-        [layouts[0], layouts[len(layouts) // 2], layouts[-1]]
-    ):
-        job = bench.job(
-            model, CORPUS, micro_batch=micro_batch, gradient_accumulation_steps=accumulation
-        )
-        yield read_step(bench.train(job), CORPUS)
-
-
-def layout_of(run: Run) -> str:
-    """Return the run's batch layout in words."""
-    job = run.job
-    return f"micro_batch={job.micro_batch}, gradient_accumulation_steps={job.gradient_accumulation_steps}"
-
-
-def stepped_at(run: Run) -> str:
-    """Return file and line where the optimizer step was taken, if a spy saw it."""
-    return next((step.where for seen in run.observed for step in seen.steps if step.where), "")
 
 
 @check(requires=["label_masks"])
@@ -121,11 +93,11 @@ def check_targets(bench: Bench) -> None:
     Reference: https://github.com/huggingface/transformers/issues/47394
     """
     for reading in ledger_readings(bench):
-        wanted_by_token = {token: target for token, target in reading.wanted}
+        wanted_tokens = {token for token, _ in reading.wanted}
         wrong = [
             pair
             for pair in reading.trained()
-            if pair not in reading.wanted and pair[0] in wanted_by_token
+            if pair not in reading.wanted and pair[0] in wanted_tokens
         ]
         if wrong:
             missing = [pair for pair in reading.wanted if pair not in reading.trained()]
@@ -177,68 +149,6 @@ def check_any_forward(bench: Bench) -> None:
         judge_weights(reading, bench.capabilities.weighting)
 
 
-def judge_weights(reading: Reading, weighting: str, *, tolerance: float = LEDGER_TOLERANCE) -> None:
-    """Compare the weights of a ledger with those that the declared weighting gives.
-
-    Raises:
-        Finding: with the weights that were read and the formula that they match.
-        Inconclusive: when the declared weighting cannot be predicted.
-    """
-    expected = expected_weights(reading, weighting)
-    if expected is None:
-        raise Inconclusive(
-            f"weighting={weighting!r} depends on the micro-batches, which no spy saw"
-        )
-    found = reading.scaled()
-    pairs = [
-        pair
-        for pair in found
-        if abs(found[pair] - expected[pair]) > tolerance * max(1.0, expected[pair])
-    ]
-    if not pairs:
-        return
-    cause, reference = diagnose(weight_hypotheses(reading))
-    declared = (
-        ""
-        if weighting == "token"
-        else f" (split-dependent by declaration: weighting={weighting!r})"
-    )
-    raise Finding(
-        f"every loss-counted token MUST weigh 1/N{declared}",
-        f"{weights_in_words(reading)}, on {len(pairs)} of {len(found)} positions, with {layout_of(reading.run)}, "
-        f"N = {reading.count}",
-        tolerance=f"{tolerance:g} on weight x N (float32 noise is 1e-7)",
-        cause=cause,
-        reference=reference,
-        where=stepped_at(reading.run),
-        run=str(reading.run.folder),
-    )
-
-
-def weights_in_words(reading: Reading) -> str:
-    """Return the weights times N as a text: one number when they are equal, else by rank and micro-batch."""
-    found = reading.scaled()
-    low, high = min(found.values()), max(found.values())
-    if high - low <= 1e-4 * max(abs(high), 1e-12):
-        return f"weight x N is {high:.4f}"
-    by_sample = {reading.sample_of(pair): value for pair, value in found.items()}
-    parts = []
-    for batch in reading.batches[:4]:
-        values = [by_sample[sample] for sample in batch.samples if sample in by_sample]
-        if values:
-            each = (
-                f"{min(values):.4f}"
-                if max(values) - min(values) < 1e-4
-                else f"{min(values):.4f}..{max(values):.4f}"
-            )
-            parts.append(f"rank {batch.rank} micro-batch {batch.index}: {each}")
-    return (
-        f"weight x N runs from {low:.4f} to {high:.4f} ({'; '.join(parts)})"
-        if parts
-        else f"weight x N runs from {low:.4f} to {high:.4f}"
-    )
-
-
 @check()
 def check_split_invariance(bench: Bench) -> None:
     """Compare the update of a small Llama with the float64 oracle's, for each layout of one global batch.
@@ -274,63 +184,6 @@ def _sequence_or_token(bench: Bench) -> str:
     if weighting == "micro_batch":
         raise Inconclusive("weighting='micro_batch' is split-dependent by declaration")
     return weighting
-
-
-def judge_update(
-    run: Run,
-    update: oracle.Weights,
-    wanted: oracle.Weights,
-    *,
-    rule: str,
-    tolerance: float = UPDATE_TOLERANCE,
-) -> None:
-    """Compare an update with the one that it should be.
-
-    Raises:
-        Finding: with the factor between them, and the tensor that is furthest off.
-    """
-    error = oracle.relative_error(update, wanted)
-    if error <= tolerance:
-        return
-    factor, rest = oracle.best_factor(update, wanted)
-    name, off = oracle.worst_tensor(update, wanted)
-    job = run.job
-    cause, reference = diagnose(
-        _factor_hypotheses(job.world_size, job.gradient_accumulation_steps, factor, rest)
-    )
-    raise Finding(
-        rule,
-        f"relative error {error:.1e}; update = {factor:.4f} x the oracle's + {rest:.1e}; "
-        f"furthest off: {name} by {off:.1e}; with {layout_of(run)}",
-        tolerance=f"{tolerance:g} relative L2 (measured float32 noise is 5e-7)",
-        cause=cause,
-        reference=reference,
-        where=stepped_at(run),
-        run=str(run.folder),
-    )
-
-
-def _factor_hypotheses(ranks: int, steps: int, factor: float, rest: float) -> list[Hypothesis]:
-    table = [
-        (f"the update is 1/world_size = 1/{ranks} of what it should be", 1 / ranks, ranks > 1),
-        (f"the update is world_size = {ranks} times what it should be", float(ranks), ranks > 1),
-        (
-            f"the update is 1/gradient_accumulation_steps = 1/{steps} of what it should be",
-            1 / steps,
-            steps > 1,
-        ),
-        (
-            f"the update is gradient_accumulation_steps = {steps} times what it should be",
-            float(steps),
-            steps > 1,
-        ),
-        (f"a uniform factor {factor:.4f}", factor, True),
-    ]
-    return [
-        Hypothesis(cause=cause, error=max(abs(factor / predicted - 1), rest))
-        for cause, predicted, applies in table
-        if applies
-    ]
 
 
 @check(requires=["ragged"])
