@@ -278,8 +278,9 @@ def _resolve(row: Option, config: pytest.Config) -> tuple[Any, str]:
     if row.flag and given is not None:
         texts = given if row.action == "append" else [given]
         parsed = [_parse(row, text, source=row.option, example=row.option) for text in texts]
-        value = tuple(name for names in parsed for name in names)
-        return (value if row.action == "append" else parsed[0]), row.option
+        if row.action == "append":
+            return tuple(name for names in parsed for name in names), row.option
+        return parsed[0], row.option
     if row.env and (text := os.environ.get(row.variable, "").strip()):
         source = f"{row.variable} (environment)"
         return _parse(row, text, source=source, example=row.variable), row.variable

@@ -43,6 +43,8 @@ def _run_command(config: pytest.Config, option: str) -> int:
     try:
         command = import_module("pytest_ranks.conformance.command")
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pytest_ranks"):
+            raise
         install = "install it with: pip install 'pytest-ranks[models]'"
         raise pytest.UsageError(f"{option}: needs {error.name}, found none; {install}") from None
     return int(command.main(config))

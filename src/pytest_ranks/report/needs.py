@@ -89,11 +89,11 @@ class NeedsBook:
         if not needs:
             return
         test = self.tests.setdefault(report.nodeid, TestRecord(needs=needs))
-        test.needs = needs
         is_expected_failure = hasattr(report, "wasxfail")
         if report.when == "call" and (not report.skipped or is_expected_failure):
-            test.state = RAN
-        elif report.skipped:
+            # Devices are counted for a test that ran; its other reports do not know them.
+            test.state, test.needs = RAN, needs
+        elif report.when != "teardown" and report.skipped:
             test.state, test.why = SKIPPED, _skip_reason(report)
         elif report.when == "setup" and report.failed:
             test.state = ERROR

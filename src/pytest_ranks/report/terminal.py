@@ -51,14 +51,12 @@ class NeedsReporter:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Remember the items with needs, as all other plugins left them."""
         marks.fail_collect_only(session)
-        needy = [item for item in session.items if marks.read(item).needs]
-        self.items = {item.nodeid: item for item in needy}
-        if needy:
-            self._open_book().select(
-                Counter(
-                    label for item in needy for label in {n.label for n in marks.read(item).needs}
-                )
+        self.items = {item.nodeid: item for item in session.items if marks.read(item).needs}
+        if self.items:
+            labels = (
+                {need.label for need in marks.read(item).needs} for item in self.items.values()
             )
+            self._open_book().select(Counter(label for some in labels for label in some))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:

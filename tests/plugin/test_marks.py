@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from pytest_ranks import marks
+from pytest_ranks.launch.spec import ranks
+
+GPU = "Signature: gpu(count=1, *, vendor=None, memory=None, capability=None)"
+RANKS = (
+    "Signature: ranks(world_size=None, /, *, dp=None, tp=None, pp=None, timeout=None, "
+    "backend=None, isolate=False)"
+)
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("gpu(cout=2)", f"gpu has no argument 'cout'. Did you mean 'count'? {GPU}"),
+        ("gpu(1, 2)", f"gpu: too many positional arguments. {GPU}"),
+        ("gpu(0)", f"gpu: count=0, expected a whole number of at least 1. {GPU}"),
+        ("gpu('2')", f"gpu: count='2', expected a whole number of at least 1. {GPU}"),
+        ("gpu(True)", f"gpu: count=True, expected a whole number of at least 1. {GPU}"),
+        (
+            "gpu(vendor='nvidia')",
+            "gpu: vendor='nvidia' is unknown; choose from cuda, rocm, xpu. "
+            f"Did you mean 'cuda'? {GPU}",
+        ),
+        (
+            "gpu(memory='40GB')",
+            "gpu: memory='40GB' is no size; write bytes or a text such as '40GiB'. " + GPU,
+        ),
+        (
+            "gpu(capability=9.0)",
+            "gpu: capability=9.0 is no version; write (9, 0) or '9.0'. " + GPU,
+        ),
+        (
+            "multi_gpu(1)",
+            "multi_gpu: count=1, expected a whole number of at least 2. For one GPU use the mark "
+            "gpu. Signature: multi_gpu(count=2)",
+        ),
+        (
+            "trainium(count=2)",
+            "trainium has no argument 'count'. Signature: trainium(cores=1)",
+        ),
+        (
+            "requires()",
+            "requires: expected at least one package, such as requires('flash_attn>=2.8'). "
+            "Signature: requires(*packages)",
+        ),
+        (
+            "requires('flash attn')",
+            "requires: 'flash attn' is no requirement; write a module or distribution with a "
+            "version, such as 'flash_attn>=2.8'. Signature: requires(*packages)",
+        ),
+        (
+            "requires(torch='2')",
+            "requires has no argument 'torch'. Signature: requires(*packages)",
+        ),
+        (
+            "ranks(100)",
+            "ranks: world size 100, expected at most 64 (default); allow more with "
+            f"--ranks-max-world-size=100. {RANKS}",
+        ),
+    ],
+)
+def test_a_bad_mark_is_one_sentence_and_other_tests_go_on(
+    pytester, mark: str, message: str
+) -> None:
+    pytester.makepyfile(
+        test_it=f"""
+        import pytest
+
+        @pytest.mark.{mark}
+        def test_bad():
+            print("ran all the same")
+
+        def test_other(): pass
+        """
+    )
+    result = pytester.runpytest("--strict-markers", "-rA")
+    result.assert_outcomes(errors=1, passed=1)
+    assert f"test_it.py::test_bad: mark {message}" in result.outlines
+    assert "ran all the same" not in result.stdout.str()
+    assert "INTERNALERROR" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("mark", ["ranks()", "ranks(0)", "ranks(2, 3)", "ranks(world_sz=2)"])
+def test_the_engines_own_sentence_about_a_bad_ranks_mark_is_shown(pytester, mark: str) -> None:
+    pytester.makepyfile(
+        test_it=f"""
+        import pytest
+
+        @pytest.mark.{mark}
+        def test_bad(): pass
+
+        def test_other(): pass
+        """
+    )
+    result = pytester.runpytest()
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.re_match_lines([rf"test_it\.py::test_bad: mark ranks\(?.*{RANKS[:16]}.*"])
+
+
+def test_a_bad_mark_on_a_module_fails_each_of_its_tests_only(pytester) -> None:
+    pytester.makepyfile(
+        test_bad="""
+        import pytest
+        pytestmark = pytest.mark.gpu(cout=2)
+
+        def test_a(): pass
+        def test_b(): pass
+        """,
+        test_good="def test_c(): pass",
+    )
+    pytester.runpytest().assert_outcomes(errors=2, passed=1)
+
+
+def test_a_bad_mark_fails_a_session_that_only_collects(pytester) -> None:
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+
+        @pytest.mark.gpu(cout=2)
+        def test_bad(): pass
+        """
+    )
+    result = pytester.runpytest("--collect-only")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert (
+        f"test_it.py::test_bad: mark gpu has no argument 'cout'. Did you mean 'count'? {GPU}"
+        in (result.stderr.str())
+    )
+
+
+def test_a_deselected_bad_mark_harms_nobody(pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.gpu(cout=2)
+        def test_bad(): pass
+
+        def test_other(): pass
+        """
+    )
+    pytester.runpytest("-k", "other").assert_outcomes(passed=1, deselected=1)
+
+
+def test_unmet_needs_skip_before_any_fixture_and_at_the_tests_own_place(
+    pytester, with_gpus
+) -> None:
+    with_gpus(1)
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+
+        @pytest.fixture
+        def costly():
+            raise RuntimeError("set up for a test that cannot run")
+
+        @pytest.mark.gpu(2)
+        def test_two(costly): pass
+
+        @pytest.mark.gpu
+        @pytest.mark.requires("nosuch_package")
+        class TestClass:
+            def test_method(self): pass
+
+        @pytest.mark.gpu
+        def test_one(): pass
+        """
+    )
+    result = pytester.runpytest("-rs", "--strict-markers", "-W", "error")
+    result.assert_outcomes(skipped=2, passed=1)
+    how = "(nvidia-smi: 1 device, driver 570.86.15)"
+    assert f"SKIPPED [1] test_it.py:7: needs 2 GPUs, found 1 {how}" in result.outlines
+    result.stdout.fnmatch_lines(["SKIPPED [[]1] test_it.py*: needs nosuch_package, found none"])
+
+
+def test_the_machine_is_looked_at_once_and_only_for_a_test_that_runs(pytester) -> None:
+    pytester.makeconftest(
+        """
+        from pathlib import Path
+        from pytest_ranks.hardware.probes import probe
+
+        def pytest_ranks_hardware(config):
+            print("the probes look")
+            return probe(root=Path("/nonexistent"))
+        """
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.gpu
+        def test_a(): pass
+
+        @pytest.mark.trainium
+        def test_b(): pass
+
+        @pytest.mark.requires("pytest")
+        def test_c(): pass
+        """
+    )
+    assert pytester.runpytest("-s").stdout.str().count("the probes look") == 1
+    assert "the probes look" not in pytester.runpytest("-s", "-k", "test_c").stdout.str()
+    assert "the probes look" not in pytester.runpytest("-s", "--collect-only").stdout.str()
+
+
+def test_a_projects_own_hardware_marks_are_left_alone(pytester) -> None:
+    pytester.makeini(
+        """
+        [pytest]
+        ranks_hardware_marks = false
+        markers =
+            gpu: theirs
+            requires: theirs
+        """
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.gpu("a100", why="theirs")
+        @pytest.mark.requires(feature="fast")
+        def test_theirs(): pass
+        """
+    )
+    result = pytester.runpytest("--strict-markers")
+    result.assert_outcomes(passed=1)
+    assert "what tests needed" not in result.stdout.str()
+    markers = pytester.runpytest("--markers").stdout.str()
+    assert "@pytest.mark.gpu: theirs" in markers
+    assert "@pytest.mark.multi_gpu" not in markers
+    assert "@pytest.mark.ranks(" in markers
+
+
+def test_a_list_of_world_sizes_makes_one_item_each(pytester) -> None:
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+
+        @pytest.mark.ranks([1, 2, 4])
+        @pytest.mark.parametrize("letter", ["a", "b"])
+        def test_many(letter): pass
+
+        @pytest.mark.ranks(dp=2, tp=2)
+        def test_one(): pass
+        """
+    )
+    result = pytester.runpytest("--collect-only", "-q")
+    ids = [line for line in result.outlines if "::" in line]
+    assert ids == [
+        *(f"test_it.py::test_many[ws={n}-{x}]" for n in (1, 2, 4) for x in "ab"),
+        "test_it.py::test_one",
+    ]
+
+
+def test_the_signature_written_out_for_ranks_is_the_real_one() -> None:
+    mark = next(mark for mark in marks.MARKS if mark.name == "ranks")
+    real = inspect.signature(ranks)
+    plain = [p.replace(annotation=p.empty) for p in real.parameters.values()]
+    assert mark.signature == str(real.replace(parameters=plain, return_annotation=real.empty))
+
+
+def test_the_documentation_lists_every_mark() -> None:
+    lines = marks.markdown().splitlines()
+    assert [line.split("`")[1].split("(")[0] for line in lines[2:]] == [
+        mark.name for mark in marks.MARKS
+    ]
