@@ -79,8 +79,9 @@ def test_lengths_are_asked_for_without_drawing_a_sample():
 
 
 def test_overlong_sample_is_named_with_its_file(tmp_path):
-    dataset = JsonlDataset(write(tmp_path / "a.jsonl", GOOD))
-    with pytest.raises(BadInputError, match=r"a\.jsonl: sample 0 has 3 tokens, more than the 2 "):
+    short = '{"input_ids": [1], "labels": [1]}'
+    dataset = JsonlDataset(write(tmp_path / "a.jsonl", short, "", GOOD))
+    with pytest.raises(BadInputError, match=r"a\.jsonl, line 3 has 3 tokens, more than the 2 "):
         measure(dataset, 2)
 
 

@@ -104,17 +104,17 @@ def load_checkpoint(
         BadInputError: the file cannot be read, or belongs to another model, world size or setting.
     """
     state = read_checkpoint(path)
+    if len(state["random"]) != world.size:
+        raise BadInputError(
+            f"{path} was written by {len(state['random'])} ranks and cannot be continued exactly "
+            f"by {world.size}; use as many ranks."
+        )
     for name, value in settings.items():
         if state["settings"].get(name) != value:
             raise BadInputError(
                 f"{path} was trained with {name}={state['settings'].get(name)!r}, this run has "
                 f"{name}={value!r}; use the same value, or start without resume_from."
             )
-    if len(state["random"]) != world.size:
-        raise BadInputError(
-            f"{path} was written by {len(state['random'])} ranks and cannot be continued exactly "
-            f"by {world.size}; use as many ranks."
-        )
     load_parameters(model, state["model"], origin=str(path))
     load_optimizer(optimizer, state["optimizer"], origin=str(path))
     scheduler.load_state_dict(state["scheduler"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference.loss import IGNORED
-from pytest_ranks.reference.packing import checked_lengths
+from pytest_ranks.reference.packing import checked_lengths, sample_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,10 +52,11 @@ class JsonlDataset:
                 text names the file and the line.
         """
         self.path = Path(path)
+        lines = enumerate(_lines(self.path), start=1)
+        filled = [(number, line) for number, line in lines if line.strip()]
+        self._line_numbers = [number for number, _ in filled]
         self._samples = [
-            _parse(line, where=f"{self.path}, line {number}")
-            for number, line in enumerate(_lines(self.path), start=1)
-            if line.strip()
+            _parse(line, where=self.name(index)) for index, (_, line) in enumerate(filled)
         ]
         if not self._samples:
             raise BadInputError(
@@ -71,6 +72,10 @@ class JsonlDataset:
 
     def __getitem__(self, index: int, /) -> Sample:
         return self._samples[index]
+
+    def name(self, index: int) -> str:
+        """Return what messages call a sample: its file and line."""
+        return f"{self.path}, line {self._line_numbers[index]}"
 
     @property
     def largest_id(self) -> int:
@@ -130,11 +135,8 @@ def measure(samples: Samples, capacity: int) -> list[int]:
     lengths = getattr(samples, "lengths", None)
     if lengths is None:
         lengths = [len(samples[index]["input_ids"]) for index in range(len(samples))]
-    try:
-        return checked_lengths(lengths, capacity)
-    except BadInputError as error:
-        where = f"{samples.path}: " if isinstance(samples, JsonlDataset) else ""
-        raise BadInputError(f"{where}{error}") from None
+    name = getattr(samples, "name", sample_number)
+    return checked_lengths(lengths, capacity, name=name)
 
 
 def _lines(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from pytest_ranks.errors import BadInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +43,20 @@ class Packer(Protocol):
         ...
 
 
-def checked_lengths(lengths: Sequence[int], capacity: int) -> list[int]:
+def sample_number(index: int) -> str:
+    """Return what messages call a sample that has no better name."""
+    return f"sample {index}"
+
+
+def checked_lengths(
+    lengths: Sequence[int], capacity: int, *, name: Callable[[int], str] = sample_number
+) -> list[int]:
     """Return the lengths as Python integers.
 
     Args:
         lengths: tokens of each sample.
         capacity: tokens that a rank may take in one micro-batch.
+        name: gives what messages call the sample of an index.
 
     Raises:
         BadInputError: a length is no whole number, is negative, or is more than the capacity.
@@ -61,11 +69,11 @@ def checked_lengths(lengths: Sequence[int], capacity: int) -> list[int]:
             tokens = -1
         if tokens < 0 or isinstance(length, bool):
             raise BadInputError(
-                f"sample {index} has length {length!r}; lengths are whole numbers of at least 0."
+                f"{name(index)} has length {length!r}; lengths are whole numbers of at least 0."
             )
         if tokens > capacity:
             raise BadInputError(
-                f"sample {index} has {tokens} tokens, more than the {capacity} that a packed row "
+                f"{name(index)} has {tokens} tokens, more than the {capacity} that a packed row "
                 "may hold; raise the limit, or shorten or leave out the sample."
             )
         checked.append(tokens)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pytest_ranks.models import byte_tokenizer
+from pytest_ranks.reference import TrainConfig
+from pytest_ranks.reference.cli import app, train
+from pytest_ranks.reference.model import load_model
+
+
+@pytest.fixture
+def folder(make_model, samples, tmp_path, monkeypatch):
+    """A model folder and a data file, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    make_model(vocab_size=320).save_pretrained("model")
+    byte_tokenizer().save_pretrained("model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    return tmp_path
+
+
+def command(*arguments, ranks=None):
+    """Run the command line for real."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*launcher, "-m", "pytest_ranks.reference", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def invoke(*arguments):
+    """Run the command line in this process: its output and exit status."""
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_torchrun_trains_as_one_process_does(folder):
+    options = ("model", "data.jsonl", "--epochs", 2, "--lr", 0.01, "--max-tokens-per-rank", 60,
+               "--eval-data", "data.jsonl", "--device", "cpu")  # fmt: skip
+    ranks = command(*options, "--out-dir", "two", "--micro-batch", 2, "--checkpoint-every", 3, ranks=2)  # fmt: skip
+    assert ranks.returncode == 0, ranks.stderr
+    assert "6 steps, " in ranks.stdout
+    assert ranks.stdout.count("model in two/model, metrics in two/metrics.jsonl") == 1
+    assert ranks.stderr.count("6/6 ") == 1  # one progress bar, on rank 0
+    assert (folder / "two" / "checkpoint-6.pt").exists()
+
+    one = invoke(*options, "--out-dir", "one", "--micro-batch", 4)
+    assert one.exit_code == 0, one.output
+    alone, together = records(folder / "one"), records(folder / "two")
+    assert [r["loss"] for r in together] == pytest.approx([r["loss"] for r in alone], rel=1e-4)
+    assert [r["tokens"] for r in together] == [r["tokens"] for r in alone]
+    assert together[-1]["eval_loss"] < together[0]["loss"]
+    (first, tokenizer), (second, _) = load_model("one/model"), load_model("two/model")
+    assert tokenizer is not None
+    for name, parameter in first.named_parameters():
+        torch.testing.assert_close(second.get_parameter(name), parameter, rtol=1e-3, atol=1e-3)
+
+
+def test_resuming_goes_on_where_the_run_stopped(folder):
+    options = ("model", "data.jsonl", "--out-dir", "out", "--micro-batch", 4, "--device", "cpu")
+    assert invoke(*options, "--max-steps", 2, "--checkpoint-every", 2).exit_code == 0
+    resumed = invoke(*options, "--max-steps", 5, "--resume-from", "out")
+    assert resumed.exit_code == 0, resumed.output
+    assert "3 steps, " in resumed.output
+    assert [record["step"] for record in records(folder / "out")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("none", "data.jsonl"), "error: none has no config.json; expected a folder that save_pre"),
+        (("model", "none.jsonl"), "error: none.jsonl cannot be read: No such file or directory."),
+        (("model", "torn.jsonl"), "error: torn.jsonl, line 2: not JSON ("),
+        (("model", "large.jsonl"), "error: large.jsonl has the token id 999, the model knows 0 to"),
+        (("model", "data.jsonl", "--packer", "ltp"), "Did you mean 'lpt'?"),
+        (("model", "data.jsonl", "--micro-batch", "0"), "error: micro_batch=0 is not a whole"),
+        (("model", "data.jsonl", "--epochs", "1", "--max-steps", "1"), "give exactly one of them"),
+        (
+            ("model", "data.jsonl", "--pack-length", "5"),
+            "error: data.jsonl, line 1 has 29 tokens",
+        ),
+        (("model", "data.jsonl", "--strategy", "ddp"), "error: --strategy=ddp needs torchrun: "),
+        (("model", "data.jsonl", "--device", "gpu9"), "error: device='gpu9' is not a torch device"),
+        (("model", "data.jsonl", "--resume-from", "none.pt"), "error: there is no checkpoint none"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_status_2(folder, options, text):
+    (folder / "torn.jsonl").write_text('{"input_ids": [1], "labels": [1]}\n{"input_ids": [')
+    (folder / "large.jsonl").write_text('{"input_ids": [999], "labels": [1]}\n')
+    result = invoke(*options, "--out-dir", "out")
+    assert result.exit_code == 2
+    assert text in result.stderr
+    assert "Traceback" not in result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+
+
+def test_bad_input_in_a_process_of_its_own_has_no_traceback(folder):
+    result = command("model", "none.jsonl", "--out-dir", "out")
+    assert result.returncode == 2
+    assert result.stderr == "error: none.jsonl cannot be read: No such file or directory.\n"
+    assert result.stdout == ""
+
+
+def test_help_names_every_option():
+    result = command("--help")
+    assert result.returncode == 0
+    assert "python -m pytest_ranks.reference" in result.stdout
+    for word in ("MODEL", "DATA", "--out-dir", "--strategy", "--resume-from"):
+        assert word in result.stdout
+
+
+def test_defaults_are_those_of_the_config():
+    config = TrainConfig(max_steps=1)
+    options = inspect.signature(train).parameters
+    assert (options["beta1"].default, options["beta2"].default) == config.betas
+    for name in set(options) & set(TrainConfig.__dataclass_fields__):
+        if name not in ("strategy", "out_dir", "max_steps"):
+            assert options[name].default == getattr(config, name), name
+    settable = set(options) | {"betas"}
+    assert set(TrainConfig.__dataclass_fields__) <= settable
