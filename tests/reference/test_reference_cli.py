@@ -57,7 +57,8 @@ def test_torchrun_trains_as_one_process_does(folder):
     assert ranks.returncode == 0, ranks.stderr
     assert "6 steps, " in ranks.stdout
     assert ranks.stdout.count("model in two/model, metrics in two/metrics.jsonl") == 1
-    assert ranks.stderr.count("6/6 ") == 1  # one progress bar, on rank 0
+    assert ranks.stderr.count("| 0/6 [") == 1  # one progress bar, on rank 0
+    assert "| 6/6 [" in ranks.stderr
     assert (folder / "two" / "checkpoint-6.pt").exists()
 
     one = invoke(*options, "--out-dir", "one", "--micro-batch", 4)
