@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -100,8 +99,8 @@ def _at_least(mark: str, name: str, value: object, least: int) -> int:
     return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
+# Dataclasses would cost every pytest session half a millisecond more, each.
+class Mark(NamedTuple):
     """One mark.
 
     Attributes:
@@ -167,8 +166,7 @@ MARKS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(NamedTuple):
     """What an item's marks ask for.
 
     Attributes:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytest
 
@@ -58,8 +58,8 @@ class Settings:
         return self.sources[name]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
+# A dataclass would cost every pytest session half a millisecond more.
+class Option(NamedTuple):
     """One row of the table.
 
     Attributes:
