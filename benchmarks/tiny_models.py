@@ -47,6 +47,7 @@ class Trial:
     parameters: int = 0
     loss: float = float("nan")
     share_with_gradient: float = 0.0
+    is_causal: bool = False
     seconds: float = 0.0
     trouble: str = ""
 
@@ -99,6 +100,7 @@ def _troubles(family: str, found: dict[str, Any]) -> Iterator[str]:
     found["share_with_gradient"] = len([n for n in text if n in gradients]) / len(text)
     if found["share_with_gradient"] < LEAST_SHARE_WITH_GRADIENT:
         yield f"only {found['share_with_gradient']:.0%} of the parameters have a gradient"
+    found["is_causal"] = _is_causal(model)
     yield from _reload_troubles(model, batch)
 
 
@@ -137,6 +139,19 @@ def _batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, 256, (2, 48), generator=generator)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def _is_causal(model: Any) -> bool:
+    """Return whether logits depend on earlier tokens alone (cpmant, reformer, xlnet: not)."""
+    batch = _batch()
+    position = batch["input_ids"].shape[1] // 2
+    model.eval()
+    with torch.no_grad():
+        before = _seeded(model, batch)
+        batch["input_ids"][:, position] = (batch["input_ids"][:, position] + 1) % 256
+        after = _seeded(model, batch)
+    model.train()
+    return torch.allclose(before[:, :position], after[:, :position], atol=1e-5)
 
 
 def _reload_troubles(model: Any, batch: dict[str, torch.Tensor]) -> Iterator[str]:
@@ -187,13 +202,15 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     families = options.family or causal_lm_families()
     trials = []
-    print(f"{'family':<26}{'parameters':>11}{'loss':>8}{'gradient':>9}{'s':>7}  trouble")
+    print(
+        f"{'family':<26}{'parameters':>11}{'loss':>8}{'gradient':>9}{'causal':>7}{'s':>7}  trouble"
+    )
     for number, family in enumerate(families, 1):
         trial = try_family(family, deadline=options.deadline)
         trials.append(trial)
         print(
             f"{family:<26}{trial.parameters:>11}{trial.loss:>8.3f}"
-            f"{trial.share_with_gradient:>9.0%}{trial.seconds:>7.2f}"
+            f"{trial.share_with_gradient:>9.0%}{'yes' if trial.is_causal else 'no':>7}{trial.seconds:>7.2f}"
             f"  {trial.trouble[:300]}  [{number}/{len(families)}]",
             flush=True,
         )

@@ -60,6 +60,8 @@ PARTICULARS: Final[dict[str, dict[str, Any]]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     # Axial position embeddings train on sequences of exactly one length only.
     "reformer": {"axial_pos_embds": False},
+    # It reads in two directions by default. (So does xlnet, whose other mode cannot run with a mask.)
+    "xlm": {"causal": True},
     # A forward without `lang_ids` needs a default.
     "xmod": {"default_language": "en_XX"},
     # Hybrid layers share one transformer block: tying it needs two of them.

@@ -8,6 +8,7 @@ one entry a layer, and lists of layer numbers, follow the choice.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.models.layers import SHARED_LAYERS, choose_layers, layer_count, layer_numbers
@@ -103,13 +104,22 @@ def own_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """Return the fields that a config class adds to the base class, with their defaults."""
     from transformers import PretrainedConfig
 
-    inherited = {field.name for field in dataclasses.fields(PretrainedConfig)}
-    own = {}
-    for field in dataclasses.fields(config_class):
-        if field.init and field.name not in inherited:
-            factory = field.default_factory
-            own[field.name] = field.default if factory is dataclasses.MISSING else factory()
-    return own
+    inherited = _fields(PretrainedConfig)
+    return {k: v for k, v in _fields(config_class).items() if k not in inherited}
+
+
+def _fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """Return the arguments of a config class, which transformers 5.0 wrote as `__init__`."""
+    if not dataclasses.is_dataclass(config_class):
+        arguments = inspect.signature(config_class.__init__).parameters.values()
+        return {a.name: a.default for a in arguments if a.default is not a.empty}
+    return {
+        field.name: field.default
+        if field.default_factory is dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(config_class)
+        if field.init
+    }
 
 
 def default_values(pattern: PretrainedConfig) -> tuple[dict[str, Any], set[str]]:
@@ -179,24 +189,8 @@ def _tiny_rope(
             value = _tiny_rope(value, scale=scale, values=values)
         elif name == "original_max_position_embeddings":
             value = tiny_value(name, value, scale, values)
-        elif name == "mrope_section":
-            value = _shares(value, total=_rotary_pairs(rope, scale=scale, values=values))
         tiny[name] = value
     return tiny
-
-
-def _rotary_pairs(rope: Mapping[str, Any], *, scale: Scale, values: Mapping[str, Any]) -> int:
-    head_dim = values.get("head_dim")
-    size = tiny_value("head_dim", head_dim, scale, values) if head_dim else scale.coupled_head_dim
-    return int(size * rope.get("partial_rotary_factor", 1.0)) // 2
-
-
-def _shares(parts: list[int], *, total: int) -> list[int]:
-    """Scale parts to a new total, keeping their order of size (`[24, 20, 20] -> [3, 3, 2]`)."""
-    shares = [part * total // sum(parts) for part in parts]
-    for i in range(total - sum(shares)):
-        shares[i % len(shares)] += 1
-    return shares
 
 
 def _token_ids(values: Mapping[str, Any], *, pad_id: int) -> dict[str, int]:
@@ -218,8 +212,9 @@ def _training_switches(
 ) -> dict[str, Any]:
     """Return what training needs: no key-value cache, and causal attention for encoder families."""
     switches: dict[str, Any] = {}
-    if "use_cache" in values:
-        switches["use_cache"] = False
+    for name in ("use_cache", "use_mamba_kernels"):  # the kernels need CUDA and come from the hub
+        if name in values:
+            switches[name] = False
     is_encoder_decoder = getattr(config_class, "is_encoder_decoder", False)
     if values.get("is_decoder") is False and not is_encoder_decoder and hidden_of(values):
         switches["is_decoder"] = True
