@@ -42,7 +42,6 @@ PARTICULARS: Final[dict[str, dict[str, Any]]] = {
         "attention_types": lambda scale: [
             [[kind], 1] for kind in _in_turn("global", "local")(scale)
         ],
-        "attention_layers": _in_turn("global", "local"),
     },
     # The default config does not say which layers attend.
     "lfm2_moe": {"layer_types": _in_turn("conv", "full_attention")},
