@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
@@ -70,3 +72,13 @@ def test_collator_names_a_bad_sample():
         MaxTokensPerRankCollator(10)([document(1), document(*range(12))])
     with pytest.raises(BadInputError, match="sample 0 of the batch: the field 'labels' is missing"):
         MaxTokensPerRankCollator(10)([{"input_ids": [1]}])
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, tuple, lambda ids: array("i", ids)])
+def test_samples_may_be_any_kind_of_integer_sequence(kind):
+    kinds = {key: kind(value) for key, value in document(5, 6, 7, prompt=1).items()}
+    found = collate([[kinds, kinds]], pad_id=0, packed=True)
+    expected = collate([[document(5, 6, 7, prompt=1)] * 2], pad_id=0, packed=True)
+    assert torch.equal(found.input_ids, expected.input_ids)
+    assert torch.equal(found.labels, expected.labels)
+    assert found.input_ids.dtype == found.labels.dtype == torch.int64

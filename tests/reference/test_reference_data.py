@@ -19,7 +19,7 @@ def write(path, *lines):
 def test_reads_samples_in_file_order_and_ignores_other_fields(tmp_path):
     more = json.dumps({"input_ids": [4], "labels": [4], "len": 9, "text": "a\u2028b"})
     dataset = JsonlDataset(write(tmp_path / "a.jsonl", GOOD, "", more.replace("\\u2028", "\u2028")))
-    assert [dataset[index]["input_ids"] for index in range(len(dataset))] == [[1, 2, 3], [4]]
+    assert [list(dataset[index]["input_ids"]) for index in range(len(dataset))] == [[1, 2, 3], [4]]
     assert dataset.lengths == [3, 1]
     assert dataset.largest_id == 4
 
@@ -42,11 +42,15 @@ def test_the_first_label_never_counts():
         ('{"input_ids": null, "labels": [1]}', "'input_ids' is None; expected a list"),
         ('{"input_ids": [], "labels": []}', "'input_ids' is empty; leave the sample out."),
         ('{"input_ids": [1, 2], "labels": [1]}', "2 input_ids and 1 labels; expected as many"),
-        ('{"input_ids": [1, 2.0], "labels": [1, 2]}', "input_ids[1] is 2.0; expected a whole"),
-        ('{"input_ids": [1, true], "labels": [1, 2]}', "input_ids[1] is True; expected a whole"),
-        ('{"input_ids": [1, "2"], "labels": [1, 2]}', "input_ids[1] is '2'; expected a whole"),
-        ('{"input_ids": [1, -100], "labels": [1, 2]}', "input_ids[1] is -100; expected a whole"),
-        ('{"input_ids": [1, 2], "labels": [-1, 2]}', "labels[0] is -1; expected a whole number "),
+        ('{"input_ids": [1, 2.0], "labels": [1, 2]}', "input_ids[1] is 2.0; expected a token id"),
+        ('{"input_ids": [1, 4294967296], "labels": [1, 2]}', "input_ids[1] is 4294967296; expec"),
+        ('{"input_ids": [1, true], "labels": [1, 2]}', "input_ids[1] is True; expected a token id"),
+        ('{"input_ids": [1, "2"], "labels": [1, 2]}', "input_ids[1] is '2'; expected a token id"),
+        ('{"input_ids": [1, -100], "labels": [1, 2]}', "input_ids[1] is -100; expected a token id"),
+        (
+            '{"input_ids": [1, 2], "labels": [-1, 2]}',
+            "labels[0] is -1; expected a token id: ",
+        ),
     ],
 )
 def test_bad_line_is_named_with_file_and_line(tmp_path, line, text):

@@ -80,6 +80,8 @@ def find_device(name: str) -> torch.device:
     Raises:
         BadInputError: the name is no torch device.
     """
+    if name == "auto" and dist.is_initialized() and dist.get_backend() == "gloo":
+        name = "cpu"  # ranks that chose the CPU's backend compute there
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         name = found.type if found is not None else "cpu"
