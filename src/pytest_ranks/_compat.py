@@ -5,7 +5,12 @@ Nothing on the gloo path depends on one of them: each has an answer for the case
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def all_process_groups() -> list[Any]:
@@ -28,3 +33,142 @@ def sequence_number(group: Any) -> int | None:
         return int(probe())
     except RuntimeError:
         return None
+
+
+# ---- pytest 8.4 to 9.2
+
+
+def stop_capture(config: pytest.Config) -> None:
+    """Stop pytest's global capture, giving 0 to 2 back (`CaptureManager`, no public way)."""
+    manager = config.pluginmanager.get_plugin("capturemanager")
+    if manager is not None:
+        manager.suspend_global_capture(in_=True)
+        manager.stop_global_capturing()
+
+
+def start_capture(config: pytest.Config) -> tuple[int, ...]:
+    """Start pytest's global capture anew, on files of this process; it waits suspended.
+
+    Returns:
+        Descriptors of the files that hold what 1 and 2 got, where those are captured.
+    """
+    manager = config.pluginmanager.get_plugin("capturemanager")
+    if manager is None:
+        return ()
+    manager.start_global_capturing()
+    files = (os.dup(1), os.dup(2)) if config.option.capture == "fd" else ()
+    manager.suspend_global_capture()
+    return files
+
+
+def base_temp(config: pytest.Config) -> Path:
+    """Return the session's base temporary folder (`tmp_path_factory` is only a fixture)."""
+    return Path(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+
+
+def set_base_temp(config: pytest.Config, folder: Path) -> None:
+    """Have `tmp_path` make its folders below this one.
+
+    Else each rank would remove `--basetemp`, or take a numbered folder of its own and never
+    clean it up.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    factory = config._tmp_path_factory  # type: ignore[attr-defined]
+    if factory._basetemp != folder:
+        factory._basetemp = folder
+        if hasattr(factory, "_next_number"):  # 9.1: prefix -> next number, of the old folder
+            factory._next_number = {}
+
+
+def run_protocol(item: pytest.Item, following: pytest.Item | None) -> None:
+    """Run setup, call and teardown of an item without reporting hooks."""
+    from _pytest.runner import runtestprotocol
+
+    runtestprotocol(item, log=False, nextitem=following)
+
+
+def is_set_up_for(session: pytest.Session, item: pytest.Item) -> bool:
+    """Return whether the live fixture scopes all belong to an item."""
+    stack = list(session._setupstate.stack)
+    return stack == item.listchain()[: len(stack)]
+
+
+def tear_down_to(session: pytest.Session, item: pytest.Item | None) -> None:
+    """Tear down all live fixture scopes that an item does not share."""
+    session._setupstate.teardown_exact(item)
+
+
+def timeout_of(item: pytest.Item) -> float | None:
+    """Return what pytest-timeout allows an item, in seconds, None where it allows all."""
+    mark = item.get_closest_marker("timeout")
+    if mark is not None:
+        found = mark.args[0] if mark.args else mark.kwargs.get("timeout")
+    else:
+        found = getattr(item.config, "_env_timeout", None)
+    return float(found) if isinstance(found, int | float) and found > 0 else None
+
+
+def report_from_data(config: pytest.Config, data: dict[str, Any]) -> Any:
+    """Return the report that a rank serialised."""
+    return config.hook.pytest_report_from_serializable(config=config, data=dict(data))
+
+
+def longrepr_text(longrepr: Any) -> str:
+    """Return a serialised longrepr as text: its last error's lines."""
+    if not isinstance(longrepr, dict):
+        return "" if longrepr is None else str(longrepr)
+    lines: list[str] = []
+    for traceback, _, description in longrepr.get("chain") or [(longrepr["reprtraceback"], 0, "")]:
+        for entry in traceback["reprentries"]:
+            lines += entry["data"]["lines"]
+        if description:
+            lines.append(description)
+    return "\n".join(lines)
+
+
+def make_longrepr(item: pytest.Item, *, head: str, inner: Any, text: str, tail: str) -> Any:
+    """Return what pytest prints for a failure: a headline, a traceback or text, and a tail.
+
+    Made of pytest's own classes, because only those travel from an xdist worker.
+
+    Args:
+        item: the failed item.
+        head: first line, and what the short summary shows.
+        inner: longrepr of the rank that failed first, None where it has none.
+        text: what to print in its place.
+        tail: last lines.
+    """
+    from _pytest._code.code import (
+        ExceptionChainRepr,
+        ReprEntryNative,
+        ReprFileLocation,
+        ReprTraceback,
+    )
+
+    def block(text: str) -> Any:
+        entry = ReprEntryNative(lines=[f"{line}\n" for line in text.splitlines()])
+        return ReprTraceback(reprentries=[entry], extraline=None, style="native")
+
+    crash = getattr(inner, "reprcrash", None)
+    if crash is not None:
+        place = ReprFileLocation(crash.path, crash.lineno, head)
+    else:
+        file, line, _ = item.location
+        place = ReprFileLocation(str(file), (line or 0) + 1, head)
+    chain: list[Any] = [(block(head), None, None)]
+    if isinstance(inner, ExceptionChainRepr):
+        chain += inner.chain
+    elif inner is not None:
+        chain.append((block(str(inner)), None, None))
+    elif text:
+        chain.append((block(text), None, None))
+    chain.append((block(tail), place, None))
+    return ExceptionChainRepr(chain)
+
+
+def fixture_definitions(item: pytest.Item) -> list[pytest.FixtureDef[Any]]:
+    """Return the definitions of all fixtures that an item uses, autouse ones included."""
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None:
+        return []
+    return [one for definitions in info.name2fixturedefs.values() for one in definitions]

@@ -11,6 +11,23 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from pytest_ranks.launch.rank import RankContext
+
+
+@pytest.fixture
+def rank() -> RankContext:
+    """The rank that runs this test: index, world_size, device, mesh, gather(), barrier()."""
+    from pytest_ranks.errors import UnavailableError
+    from pytest_ranks.launch.rank import current_rank
+
+    try:
+        return current_rank()
+    except UnavailableError:
+        pytest.fail(
+            "the fixture 'rank' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
+            pytrace=False,
+        )
+
 
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:

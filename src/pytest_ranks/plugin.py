@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_ranks import marks, options
+from pytest_ranks.launch import scan
 
 if TYPE_CHECKING:
     from pytest_ranks.hardware.found import Hardware
@@ -53,10 +54,12 @@ def _run_command(config: pytest.Config, option: str) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Resolve the settings, declare the marks, follow the session's needs."""
     from pytest_ranks.report.terminal import NeedsReporter
+    from pytest_ranks.report.verdict import VerdictReporter
 
     options.settings(config)
     marks.register(config)
     config.pluginmanager.register(NeedsReporter(config), "ranks-needs")
+    config.pluginmanager.register(VerdictReporter(config), "ranks-verdict")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -70,9 +73,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Start what tests on ranks need before the first file is imported."""
+    if isinstance(collector, pytest.Session):
+        scan.before_collection(collector)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have the tests that ask for ranks run there."""
+    scan.after_collection(session)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose needs are not met, before any fixture of it."""
-    marks.enforce(item)
+    # In a rank the controller has asked already, once for all ranks.
+    if not item.config.pluginmanager.has_plugin("ranks-session"):
+        marks.enforce(item)
 
 
 @pytest.hookimpl(trylast=True)

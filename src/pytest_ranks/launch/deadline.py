@@ -22,7 +22,7 @@ TERMINATE_SECONDS = 0.2
 
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*:$")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
-_COLLECTIVES = (os.sep + "torch" + os.sep + "distributed" + os.sep, "/torch/_ops.py")
+_COLLECTIVES = (os.sep + "torch" + os.sep + "distributed" + os.sep,)
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PLUMBING = {"wrapper", "inner", "__call__", "_call_impl", "_wrapped_call_impl"}
 
@@ -89,6 +89,17 @@ def find_where(dump: str, main_thread: int) -> Where | None:
         file, line, function = frames[0]
         return Where(collective="", function=function, file=file, line=line)
     return None
+
+
+def collective_of(error: BaseException | None) -> str:
+    """Return the name of the collective that an exception came out of, empty if out of none."""
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if _COLLECTIVES[0] in code.co_filename and code.co_name not in _PLUMBING:
+            return code.co_name  # the outermost: what the user's line called
+        trace = trace.tb_next
+    return ""
 
 
 def main_frames(dump: str, main_thread: int) -> list[tuple[str, int, str]]:

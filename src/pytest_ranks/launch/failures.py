@@ -37,6 +37,7 @@ class Failure:
         at: CLOCK_MONOTONIC seconds.
         output: the end of what the rank wrote.
         where: where its main thread was, if it was stopped.
+        place: the collective that an exception came out of, if it did.
     """
 
     rank: int
@@ -46,6 +47,7 @@ class Failure:
     at: float = 0.0
     output: str = ""
     where: deadline.Where | None = None
+    place: str = ""
 
     @property
     def is_collateral(self) -> bool:
@@ -70,6 +72,7 @@ def of_function(run: RankRun) -> Failure | None:
             text=last.traceback,
             at=last.at,
             output=output,
+            place=last.place,
         )
     if run.done:
         return None
@@ -172,7 +175,8 @@ def _what_others_did(others: Sequence[Failure]) -> str:
             place = one.where.collective or one.where.function if one.where else "unknown code"
             stopped.setdefault(f"stopped in {place}", []).append(one.rank)
         elif one.is_collateral:
-            stopped.setdefault("cut off by that", []).append(one.rank)
+            cut = f"cut off in {one.place}" if one.place else "cut off by that"
+            stopped.setdefault(cut, []).append(one.rank)
         else:
             what = "died too" if one.kind == "died" else "failed too"
             stopped.setdefault(what, []).append(one.rank)

@@ -8,15 +8,18 @@ import itertools
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch.group import early_variables, scrub_rank_variables
 from pytest_ranks.launch.processes import has_ended, kill_tree, read_tail
 from pytest_ranks.launch.wire import (
     Channel,
     ChannelClosed,
     Collect,
+    Configure,
     Exited,
     Fork,
     Forked,
@@ -98,7 +101,37 @@ class ZygoteLink:
         self._stores: Channel | None = None
 
     @classmethod
-    def start_fresh(cls, environment: dict[str, str]) -> ZygoteLink:
+    def start_forked(cls, serve: Callable[[Channel, int], NoReturn]) -> ZygoteLink:
+        """Start a zygote as a fork of this process, which must have one native thread.
+
+        Args:
+            serve: called in the fork with its channel and the pidfd of this process.
+        """
+        ours, theirs = channel_pair()
+        log = os.memfd_create("pytest-ranks-zygote")
+        controller = os.pidfd_open(os.getpid())
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setsid()  # Ctrl-C goes to the controller alone
+                ours.close()
+                os.environ.update(early_variables())
+                scrub_rank_variables()
+                serve(Channel(theirs), controller)
+            except BaseException:
+                with os.fdopen(log, "w") as file:
+                    traceback.print_exc(file=file)
+            finally:
+                os._exit(1)
+        theirs.close()
+        os.close(controller)
+        return cls(ours, pid, log=log, reap=lambda: os.waitpid(pid, 0), how="forked")
+
+    @classmethod
+    def start_fresh(cls, environment: dict[str, str], *options: str) -> ZygoteLink:
         """Start a zygote as a fresh process; returns at once."""
         ours, theirs = channel_pair()
         log = os.memfd_create("pytest-ranks-zygote")
@@ -113,6 +146,7 @@ class ZygoteLink:
                     "pytest_ranks.launch.zygote",
                     str(theirs.fileno()),
                     str(controller),
+                    *options,
                 ],
                 pass_fds=(theirs.fileno(), controller),
                 stdin=subprocess.DEVNULL,
@@ -126,15 +160,15 @@ class ZygoteLink:
             os.close(controller)
         return cls(ours, process.pid, log=log, reap=process.wait, how="fresh")
 
-    def prepare(self, request: Prepare) -> None:
-        """Have the zygote import modules; returns at once."""
+    def prepare(self, request: Prepare | Configure) -> None:
+        """Have the zygote import modules or become a pytest session; returns at once."""
         self._send(request)
 
     def collect(self, files: tuple[str, ...]) -> None:
         """Have the zygote collect test files; returns at once."""
         self._send(Collect(files=files))
 
-    def fork(self, world_size: int, *, output: bool = True) -> list[RankHandle]:
+    def fork(self, world_size: int) -> list[RankHandle]:
         """Ask for rank processes; they are there when their handles are ready."""
         handles = []
         for rank in range(world_size):
@@ -151,7 +185,7 @@ class ZygoteLink:
                 _set_append(fd)
             self._handles[handle.label] = handle
             handles.append(handle)
-            request = Fork(label=handle.label, rank=rank, world_size=world_size, output=output)
+            request = Fork(label=handle.label, rank=rank, world_size=world_size)
             self._send(request, (theirs.fileno(), handle.output, handle.stacks))
             theirs.close()
         return handles

@@ -60,11 +60,11 @@ class RankRun:
 class Ranks:
     """Rank processes that run one thing at a time, together."""
 
-    def __init__(self, link: ZygoteLink, world_size: int, *, output: bool = True) -> None:
+    def __init__(self, link: ZygoteLink, world_size: int) -> None:
         self.world_size = world_size
         self.runs = 0
         self._link = link
-        self._handles = link.fork(world_size, output=output)
+        self._handles = link.fork(world_size)
 
     def native_threads(self) -> int:
         """Return how many threads the zygote had when the ranks were forked."""
@@ -85,6 +85,7 @@ class Ranks:
         is_last: Callable[[Any], bool],
         is_failure: Callable[[Any], bool],
         timeout: float,
+        starts: bool = True,
     ) -> tuple[list[RankRun], bool]:
         """Send one request to every rank and watch until each is done, dead or stopped.
 
@@ -93,6 +94,7 @@ class Ranks:
             is_last: whether a message is a rank's last in this run.
             is_failure: whether a message means that the rank failed; peers get a short grace.
             timeout: seconds from the moment all ranks have started.
+            starts: whether ranks say that they have; else the time runs from now.
 
         Returns:
             What each rank did, and whether the deadline passed.
@@ -104,6 +106,8 @@ class Ranks:
         for handle in self._handles:
             os.ftruncate(handle.stacks, 0)
         watch = _Watch(self._link, self._handles, is_last, is_failure, timeout)
+        if not starts:
+            watch.limit = time.monotonic() + timeout
         try:
             for handle in self._handles:
                 try:
@@ -158,7 +162,7 @@ class _Watch:
         self._is_last = is_last
         self._is_failure = is_failure
         self._timeout = timeout
-        self._limit = time.monotonic() + START_SECONDS
+        self.limit = time.monotonic() + START_SECONDS
         self._started: set[int] = set()
         self._grace: float | None = None
 
@@ -167,9 +171,9 @@ class _Watch:
         timed_out = False
         while waiting := [run for run in self.runs if not (run.done or run.crashed)]:
             now = time.monotonic()
-            end = self._limit if self._grace is None else min(self._grace, self._limit)
+            end = self.limit if self._grace is None else min(self._grace, self.limit)
             if now >= end:
-                timed_out = self._grace is None or self._limit < self._grace
+                timed_out = self._grace is None or self.limit < self._grace
                 self._stop(waiting, "deadline" if timed_out else "collateral")
                 break
             self._step(end - now)
@@ -218,7 +222,7 @@ class _Watch:
         if isinstance(message, Started):
             self._started.add(run.rank)
             if len(self._started) == len(self.runs):
-                self._limit = time.monotonic() + self._timeout
+                self.limit = time.monotonic() + self._timeout
             return
         run.messages.append(message)
         run.done = run.done or self._is_last(message)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.group import (
     ProcessGroup,
     export_rank_variables,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RankContext:
     """What a test knows about the rank it runs on.
 
@@ -63,6 +64,9 @@ class RankContext:
     _dimensions: tuple[tuple[str, int], ...]
     _group: ProcessGroup
     _world: World
+
+    def __repr__(self) -> str:
+        return f"<rank {self.index} of {self.world_size}>"
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +115,7 @@ def current_rank() -> RankContext:
 class ItemRunner(Protocol):
     """Runs pytest items inside a rank."""
 
-    def prepare(self, channel: Channel) -> tuple[int, ...]:
+    def prepare(self, output: int) -> tuple[int, ...]:
         """Get ready after the fork; returns descriptors of the captured output."""
 
     def run(self, request: RunItem, fail: Failing) -> Finished:
@@ -131,8 +135,11 @@ class Failing(Protocol):
 class Rank:
     """One rank process, from its fork to its end."""
 
-    def __init__(self, channel: Channel, stacks: int, items: ItemRunner | None) -> None:
+    def __init__(
+        self, channel: Channel, output: int, stacks: int, items: ItemRunner | None
+    ) -> None:
         self._channel = channel
+        self._output = output
         self._stacks = stacks
         self._items = items
         self._group = ProcessGroup()
@@ -142,8 +149,10 @@ class Rank:
     def serve(self) -> None:
         """Answer requests until told to leave; never returns."""
         with contextlib.suppress(ChannelClosed):
-            captured = self._items.prepare(self._channel) if self._items is not None else ()
+            captured = self._items.prepare(self._output) if self._items is not None else ()
             self._channel.send(Ready(main_thread=threading.main_thread().ident or 0), captured)
+            for fd in captured:
+                os.close(fd)
             while True:
                 request, _ = self._channel.receive()
                 if isinstance(request, Leave):
@@ -252,7 +261,7 @@ def raised(error: BaseException) -> Raised:
         headline = "".join(traceback.format_exception_only(type(error), error)).strip()
     except Exception:  # an exception whose __str__ raises
         lines, headline = traceback.format_tb(error.__traceback__), type(error).__qualname__
-    return Raised(headline=headline, traceback="".join(lines), at=at)
+    return Raised(headline=headline, traceback="".join(lines), at=at, place=collective_of(error))
 
 
 def _load(request: RunFunction) -> Any:

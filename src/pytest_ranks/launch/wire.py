@@ -163,6 +163,16 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """Become a pytest session with this configuration, in a fresh process."""
+
+    arguments: tuple[str, ...]
+    directory: str
+    sys_path: tuple[str, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Collect:
     """Collect these test files, once, before the next fork."""
 
@@ -181,7 +191,6 @@ class Fork:
     label: int
     rank: int
     world_size: int
-    output: bool = True
 
 
 # ---- from the zygote
@@ -307,11 +316,19 @@ class Returned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raised:
-    """Something raised on the rank, as text; `at` is CLOCK_MONOTONIC in seconds."""
+    """Something raised on the rank, as text.
+
+    Attributes:
+        headline: one line.
+        traceback: the text of it.
+        at: CLOCK_MONOTONIC in seconds.
+        place: the collective that it came out of, if it did.
+    """
 
     headline: str
     traceback: str
     at: float
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +341,7 @@ class Phase:
         was_xfail: the reason of an expected failure, None where there was none.
         report: the report as pytest serialises it.
         at: CLOCK_MONOTONIC in seconds.
+        place: the collective that the failure came out of, if it did.
         lost: names of attributes that could not travel.
     """
 
@@ -332,6 +350,7 @@ class Phase:
     was_xfail: str | None
     report: dict[str, Any]
     at: float
+    place: str = ""
     lost: tuple[str, ...] = ()
 
 

@@ -120,14 +120,14 @@ class Zygote:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_rank(request, descriptors, parent)
+            self._become_rank(descriptors, parent)
         pidfd = os.pidfd_open(pid)
         self._ranks[pidfd] = (pid, request.label)
         for fd in descriptors:
             os.close(fd)
         self._channel.send(Forked(label=request.label, pid=pid, native_threads=threads), (pidfd,))
 
-    def _become_rank(self, request: Fork, descriptors: tuple[int, ...], parent: int) -> NoReturn:
+    def _become_rank(self, descriptors: tuple[int, ...], parent: int) -> NoReturn:
         try:
             os.setsid()  # Ctrl-C goes to the controller alone, which drives the end
             die_with_parent(parent)
@@ -247,8 +247,13 @@ def main(arguments: list[str]) -> NoReturn:
     """Serve the controller whose channel was inherited; no pytest session."""
     os.environ.update(early_variables())
     scrub_rank_variables()
-    channel = Channel.from_fd(int(arguments[0]))
-    Zygote(channel, int(arguments[1])).serve()
+    channel, controller = Channel.from_fd(int(arguments[0])), int(arguments[1])
+    if arguments[2:] == ["--pytest"]:
+        from pytest_ranks.launch.session import become
+
+        request, _ = channel.receive()
+        become(request, channel, controller)
+    Zygote(channel, controller).serve()
 
 
 if __name__ == "__main__":

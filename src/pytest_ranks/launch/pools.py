@@ -1,0 +1,118 @@
+"""Pools of rank processes, kept warm between tests, keyed by their shape."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+from pytest_ranks.launch.link import ZygoteLink
+from pytest_ranks.launch.pool import Ranks
+
+# Idle ranks cost 6 to 25 MiB each; twice the ranks of the widest test by default.
+MOST_IDLE_RANKS = 128
+MOST_USES = 500  # what tests leak into a process stays bounded
+LEAVE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolKey:
+    """The shape of a pool.
+
+    Attributes:
+        world_size: number of ranks.
+        backend: of their process group.
+        scope: node id of the widest fixture scope that lives on the ranks, None where none does:
+            such tests share a pool, and its process group, with nobody outside of the scope.
+    """
+
+    world_size: int
+    backend: str
+    scope: str | None = None
+
+
+@dataclass(slots=True)
+class Pool:
+    """Ranks with the store that they keep their connections to."""
+
+    ranks: Ranks
+    home_port: int
+    last_node_id: str = ""
+
+
+class Pools:
+    """All pools of one session."""
+
+    def __init__(self, link: ZygoteLink) -> None:
+        self._link = link
+        self._idle: dict[PoolKey, Pool] = {}  # oldest first
+        self._leaving: list[tuple[float, Ranks]] = []
+        self._numbers = itertools.count(1)
+
+    def next_number(self) -> int:
+        """Return a number that was never used in this session."""
+        return next(self._numbers)
+
+    def take(self, key: PoolKey, *, fresh: bool = False) -> Pool:
+        """Return ranks of this shape, warm ones if there are any."""
+        self._sweep()
+        pool = None if fresh else self._idle.pop(key, None)
+        if pool is not None and not pool.ranks.is_alive():
+            self._end(pool)
+            pool = None
+        if pool is None:
+            pool = Pool(ranks=Ranks(self._link, key.world_size), home_port=self._link.open_store())
+        return pool
+
+    def give_back(self, key: PoolKey, pool: Pool) -> None:
+        """Keep ranks for the next test of this shape."""
+        if pool.ranks.runs >= MOST_USES or key in self._idle:
+            self.retire(pool)
+            return
+        self._idle[key] = pool
+        while sum(one.world_size for one in self._idle) > MOST_IDLE_RANKS and len(self._idle) > 1:
+            self.retire(self._idle.pop(next(iter(self._idle))))
+
+    def retire(self, pool: Pool) -> None:
+        """Have ranks leave, without waiting for them."""
+        pool.ranks.leave()
+        self._link.close_store(pool.home_port)
+        self._leaving.append((time.monotonic() + LEAVE_SECONDS, pool.ranks))
+
+    def kill(self, pool: Pool) -> None:
+        """End ranks that are still at work, or dead."""
+        self._end(pool)
+
+    def idle(self) -> list[tuple[PoolKey, Pool]]:
+        """Return the pools that wait for a test."""
+        return list(self._idle.items())
+
+    def close(self) -> None:
+        """Have all ranks leave, and end those that do not."""
+        for key in list(self._idle):
+            self.retire(self._idle.pop(key))
+        end = time.monotonic() + LEAVE_SECONDS
+        while self._leaving and time.monotonic() < end:
+            self._sweep()
+            if self._leaving:
+                time.sleep(0.002)
+        for _, ranks in self._leaving:
+            ranks.kill()
+            ranks.forget()
+        self._leaving.clear()
+
+    def _sweep(self) -> None:
+        still: list[tuple[float, Ranks]] = []
+        for end, ranks in self._leaving:
+            if not ranks.have_left():
+                if time.monotonic() < end:
+                    still.append((end, ranks))
+                    continue
+                ranks.kill()
+            ranks.forget()
+        self._leaving = still
+
+    def _end(self, pool: Pool) -> None:
+        pool.ranks.kill()
+        pool.ranks.forget()
+        self._link.close_store(pool.home_port)

@@ -1,0 +1,241 @@
+"""What the controller reports for an item that ran on ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_ranks import _compat
+from pytest_ranks.launch import failures, outcome
+from pytest_ranks.launch.failures import Failure
+from pytest_ranks.launch.wire import Finished, Phase, Raised
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_ranks.launch.outcome import RankResult
+    from pytest_ranks.launch.pool import RankRun
+
+
+@dataclass(slots=True, kw_only=True)
+class ItemOutcome:
+    """The one outcome of an item that ran on N ranks.
+
+    Attributes:
+        verdict: see `outcome.verdict`.
+        when: the phase that the outcome belongs to; teardown errors follow a passed call.
+        text: one line.
+        longrepr: what pytest prints, None where there is nothing.
+        was_xfail: the reason of an expected failure or unexpected pass.
+        sections: captured output of the ranks.
+        properties: recorded with `record_property`.
+        crash: file, line and message of the failure.
+    """
+
+    verdict: str
+    when: str = "call"
+    text: str = ""
+    longrepr: Any = None
+    was_xfail: str | None = None
+    sections: list[tuple[str, str]] = field(default_factory=list)
+    properties: list[tuple[str, object]] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the ranks may serve another test."""
+        return self.verdict in ("passed", "skipped", "xfailed", "xpassed", "strict_xpass")
+
+
+def decide(item: pytest.Item, runs: list[RankRun], *, timeout: float, note: str) -> ItemOutcome:
+    """Return the outcome of an item from what its ranks did.
+
+    Args:
+        item: the item, in the controller.
+        runs: what each rank did.
+        timeout: the deadline, in seconds.
+        note: on how the ranks were started, where that may matter.
+    """
+    results = [outcome.result_of(run) for run in runs]
+    word = outcome.verdict(results)
+    sections = _sections(results)
+    properties = _properties(results)
+    first = results[0].phases[-1] if results[0].phases else None
+    if word in ("passed", "xpassed", "xfailed", "skipped", "strict_xpass"):
+        telling = next(
+            (p for p in results[0].phases if p.outcome != "passed" or p.was_xfail is not None),
+            first,
+        )
+        assert telling is not None
+        return ItemOutcome(
+            verdict=word,
+            when="call",
+            text=str(telling.report.get("longrepr") or ""),
+            longrepr=_longrepr(item, telling),
+            was_xfail=telling.was_xfail,
+            sections=sections,
+            properties=properties,
+        )
+    return _failed(item, runs, results, word, timeout=timeout, note=note, sections=sections)
+
+
+def _failed(
+    item: pytest.Item,
+    runs: list[RankRun],
+    results: list[RankResult],
+    word: str,
+    *,
+    timeout: float,
+    note: str,
+    sections: list[tuple[str, str]],
+) -> ItemOutcome:
+    world_size = len(runs)
+    found = [
+        failure
+        for run, result in zip(runs, results, strict=True)
+        if (failure := _failure(run, result)) is not None
+    ]
+    if word == "disagree":
+        head = _disagreement(results)
+        ordered = found
+    else:
+        ordered = failures.in_order(found)
+        head = failures.headline(ordered, world_size=world_size, timeout=timeout)
+    sections = [*sections, *_stack_sections(ordered), *_output_sections(ordered)]
+    root = ordered[0] if ordered else None
+    phase = _failed_phase(results[root.rank]) if root is not None else None
+    when = "call"
+    if word == "error" and phase is not None and phase.when in ("setup", "teardown"):
+        when = phase.when
+    tail = [*_others_lines(ordered[1:]), *([note] if note and word == "crashed" else [])]
+    tail.append(f"reproduce: pytest {item.nodeid!r}")
+    longrepr = _compat.make_longrepr(
+        item,
+        head=head,
+        inner=_longrepr(item, phase) if phase is not None else None,
+        text=root.text if root is not None and phase is None else "",
+        tail="\n".join(tail),
+    )
+    return ItemOutcome(
+        verdict=word,
+        when=when,
+        text=head,
+        longrepr=longrepr,
+        sections=sections,
+        properties=_properties(results),
+    )
+
+
+def _failure(run: RankRun, result: RankResult) -> Failure | None:
+    status = result.status
+    output = (run.output + run.captured).strip()
+    phase = _failed_phase(result)
+    if phase is not None:
+        crash = _crash_message(phase)
+        return Failure(
+            rank=run.rank,
+            kind="raised",
+            headline=crash,
+            text=_compat.longrepr_text(phase.report.get("longrepr")),
+            at=phase.at,
+            place=phase.place,
+        )
+    raised = next((one for one in run.messages if isinstance(one, Raised)), None)
+    if raised is not None:
+        return Failure(
+            rank=run.rank,
+            kind="raised",
+            headline=raised.headline,
+            text=raised.traceback,
+            at=raised.at,
+            output=output,
+            place=raised.place,
+        )
+    finished = next((one for one in run.messages if isinstance(one, Finished)), None)
+    if finished is not None and (finished.missing or finished.errors):
+        text = finished.missing or "\n".join(finished.errors)
+        return Failure(
+            rank=run.rank, kind="raised", headline=text.splitlines()[0], text=text, at=run.at
+        )
+    if run.done and status == "crashed":
+        seen = ", ".join(phase.when for phase in result.phases) or "none"
+        headline = f"did not report each phase exactly once (reported: {seen})"
+        return Failure(rank=run.rank, kind="raised", headline=headline, at=run.at)
+    if run.done:
+        return None
+    return failures.of_unfinished(run, output=output)
+
+
+def _failed_phase(result: RankResult) -> Phase | None:
+    return next((phase for phase in result.phases if phase.outcome == "failed"), None)
+
+
+def _crash_message(phase: Phase) -> str:
+    longrepr = phase.report.get("longrepr")
+    if isinstance(longrepr, dict) and longrepr.get("reprcrash"):
+        message = str(longrepr["reprcrash"]["message"])
+    else:
+        message = str(longrepr)
+    lines = [line for line in message.splitlines() if line.strip()]
+    return lines[0] if lines else "failed"
+
+
+def _longrepr(item: pytest.Item, phase: Phase) -> Any:
+    return _compat.report_from_data(item.config, phase.report).longrepr
+
+
+def _disagreement(results: list[RankResult]) -> str:
+    by_status: dict[str, list[int]] = {}
+    for result in results:
+        by_status.setdefault(result.status, []).append(result.rank)
+    parts = [f"{failures.ranks_text(ranks)} {status}" for status, ranks in by_status.items()]
+    return f"the ranks disagree: {', '.join(parts)}"
+
+
+def _sections(results: list[RankResult]) -> list[tuple[str, str]]:
+    """Return the ranks' captured output, equal texts once."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for result in results:
+        seen: set[tuple[str, str]] = set()
+        for phase in result.phases:
+            for name, text in phase.report.get("sections") or ():
+                if (name, text) not in seen:  # each report repeats those of earlier phases
+                    seen.add((name, text))
+                    found.setdefault((name, text), []).append(result.rank)
+    order = sorted(found.items(), key=lambda entry: entry[1])
+    return [(f"{name} ({failures.ranks_text(ranks)})", text) for (name, text), ranks in order]
+
+
+def _output_sections(ordered: list[Failure]) -> list[tuple[str, str]]:
+    return [(f"Captured output (rank {one.rank})", one.output) for one in ordered if one.output]
+
+
+def _stack_sections(ordered: list[Failure]) -> list[tuple[str, str]]:
+    found: dict[str, list[int]] = {}
+    for one in ordered:
+        if one.kind in ("deadline", "stopped", "died") and one.text:
+            found.setdefault(one.text, []).append(one.rank)
+    return [(f"Stacks ({failures.ranks_text(ranks)})", text) for text, ranks in found.items()]
+
+
+def _others_lines(others: list[Failure]) -> list[str]:
+    lines = []
+    for one in others:
+        if one.is_collateral:
+            lines.append(f"collateral: rank {one.rank} {one.headline}")
+        elif one.kind == "raised":
+            lines.append(f"rank {one.rank} failed too: {one.headline}")
+        else:
+            lines.append(f"rank {one.rank} {one.headline}")
+    return lines
+
+
+def _properties(results: list[RankResult]) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for result in results:
+        for phase in result.phases[-1:]:
+            for name, value in phase.report.get("user_properties") or ():
+                if result.rank == 0:
+                    found.append((name, value))
+                elif (name, value) not in found:
+                    found.append((f"{name} (rank {result.rank})", value))
+    return found

@@ -1,0 +1,97 @@
+"""Whether tests on ranks are likely, from the bytes of the files, before any is imported."""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from pytest_ranks import marks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pytest
+
+    from pytest_ranks.launch.items import RankItems
+
+_SIGN = b"mark.ranks"
+# A tree of more files than this is not scanned to its end: ranks then start at their first item.
+MOST_FILES = 3000
+
+
+def before_collection(session: pytest.Session) -> None:
+    """Start the zygote at once where a file to collect has the mark `ranks` in its bytes."""
+    if not _may_run(session) or not _is_likely(session):
+        return
+    _plugin(session).start()
+
+
+def after_collection(session: pytest.Session) -> None:
+    """Have the items that ask for ranks run there."""
+    if not _may_run(session):
+        return
+    items = [item for item in session.items if _asks_for_ranks(item)]
+    if items:
+        _plugin(session).take_over(items)
+
+
+def _may_run(session: pytest.Session) -> bool:
+    config = session.config
+    # the plugin of that name makes a session the zygote's, where items run for real
+    if config.pluginmanager.has_plugin("ranks-session") or config.option.collectonly:
+        return False
+    return find_spec("torch") is not None
+
+
+def _asks_for_ranks(item: pytest.Item) -> bool:
+    if item.get_closest_marker("ranks") is None:
+        return False
+    return marks.read(item).spec is not None
+
+
+def _plugin(session: pytest.Session) -> RankItems:
+    from pytest_ranks.launch.items import RankItems
+
+    manager = session.config.pluginmanager
+    found: RankItems | None = manager.get_plugin("ranks-items")
+    if found is None:
+        found = RankItems(session)
+        manager.register(found, "ranks-items")
+    return found
+
+
+def _is_likely(session: pytest.Session) -> bool:
+    patterns = session.config.getini("python_files")
+    count = 0
+    for path in _files(session):
+        name = os.path.basename(path)
+        if not any(fnmatch(name, pattern.rpartition("/")[2]) for pattern in patterns):
+            continue
+        count += 1
+        if count > MOST_FILES:
+            return False
+        try:
+            with open(path, "rb") as file:
+                if _SIGN in file.read():
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _files(session: pytest.Session) -> Iterator[str]:
+    pruned = session.config.getini("norecursedirs")
+    for argument in session.config.args:
+        start = os.path.join(session.config.invocation_params.dir, argument.partition("::")[0])
+        if not os.path.isdir(start):
+            yield start
+            continue
+        for folder, folders, files in os.walk(start):
+            folders[:] = [
+                name
+                for name in folders
+                if name != "__pycache__" and not any(fnmatch(name, one) for one in pruned)
+            ]
+            yield from (os.path.join(folder, name) for name in files)

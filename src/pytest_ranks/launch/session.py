@@ -1,0 +1,296 @@
+"""The pytest session inside the zygote and its ranks: collects files once, runs items by id."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from pytest_ranks import _compat
+from pytest_ranks.launch.deadline import collective_of
+from pytest_ranks.launch.hygiene import Baseline
+from pytest_ranks.launch.wire import Finished, Phase, RunItem, Warned
+from pytest_ranks.launch.zygote import Zygote
+
+if TYPE_CHECKING:
+    import warnings
+    from collections.abc import Callable, Generator
+
+    from pytest_ranks.launch.wire import Channel, Configure
+
+# What reports, selects, times or debugs is the controller's; a rank only runs.
+_CONTROLLERS = (
+    "terminalreporter",
+    "terminalprogress-plugin",
+    "terminaldistreporter",
+    "lfplugin",
+    "nfplugin",
+    "stepwiseplugin",
+    "pastebin",
+    "junitxml",
+    "pdbinvoke",
+    "pdbtrace",
+    "timeout",
+    "pytest_cov",
+    "_cov",
+    "_cov_contexts",
+    "rerunfailures",
+    "html",
+    "xdist",
+    "xdist.looponfail",
+    "ranks-needs",
+    "ranks-items",
+)
+
+
+class RankSession:
+    """Runs the items of one pytest session inside rank processes, driven by node id."""
+
+    def __init__(self, session: pytest.Session, real_output: tuple[int, int] | None) -> None:
+        self._session = session
+        self._config = session.config
+        self._real_output = real_output
+        self._items: dict[str, pytest.Item] = {}
+        self._errors: dict[str, str] = {}
+        self._phases: list[Phase] = []
+        self._warnings: list[Warned] = []
+        self._fail: Callable[[object], None] | None = None
+        _make_quiet(self._config)
+        self._config.pluginmanager.register(self, "ranks-session")
+
+    # ---- in the zygote
+
+    def collect(self, files: tuple[str, ...]) -> None:
+        """Collect test files; what goes wrong is told when an item is missed."""
+        try:
+            self._session.perform_collect(list(files))
+        except BaseException as error:
+            self._errors[""] = f"{type(error).__name__}: {error}"
+        self._warnings.clear()  # the controller's own collection recorded the same
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Note all items before others select among them: the controller has selected."""
+        self._items |= {item.nodeid: item for item in items}
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Note why a file could not be collected."""
+        if report.failed:
+            self._errors[report.nodeid] = report.longreprtext
+
+    # ---- in a rank
+
+    def prepare(self, output: int) -> tuple[int, ...]:
+        """Give this fork capture files of its own: forks share an open file's position."""
+        _compat.stop_capture(self._config)
+        if self._real_output is None:
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        else:
+            for number, real in enumerate(self._real_output, start=1):
+                os.dup2(real, number)
+        captured = _compat.start_capture(self._config)
+        self._baseline = Baseline()
+        return captured
+
+    def run(self, request: RunItem, fail: Callable[[object], None]) -> Finished:
+        """Run one item and return its reports; `fail` gets each that did not pass, at once."""
+        item = self._items.get(request.node_id)
+        if item is None:
+            return Finished(missing=self._why_missing(request.node_id))
+        following = self._items.get(request.next_node_id or "")
+        _compat.set_base_temp(self._config, Path(request.base_temp))
+        self._phases, self._warnings, self._fail = [], [], fail
+        errors = self._leave_scopes_of_others(item)
+        try:
+            self._config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        finally:
+            self._fail = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if not request.world.keep_group:
+                self._baseline.restore()
+        return Finished(
+            phases=tuple(self._phases), warnings=tuple(self._warnings), errors=tuple(errors)
+        )
+
+    def tear_down(self) -> Finished:
+        """Run the teardowns of all fixtures that are still alive."""
+        return Finished(errors=tuple(_teardown_errors(self._session, None)))
+
+    def _leave_scopes_of_others(self, item: pytest.Item) -> list[str]:
+        """Tear down what a wrong guess of the next item has left alive."""
+        if _compat.is_set_up_for(self._session, item):
+            return []
+        return [
+            f"teardown of an earlier test's fixtures failed: {error}"
+            for error in _teardown_errors(self._session, item)
+        ]
+
+    def _why_missing(self, node_id: str) -> str:
+        file = node_id.partition("::")[0]
+        for name, text in self._errors.items():
+            if name in ("", file) or node_id.startswith(f"{name}::"):
+                return f"collecting {file} failed on the ranks:\n{text}"
+        inside = [name for name in self._items if name.partition("::")[0] == file]
+        found = ", ".join(inside[:20]) or "no test"
+        return (
+            f"the ranks collected no test of this id. In {file} they found {found}. Ids that "
+            "depend on time, environment or the order of a set differ between processes."
+        )
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+        """Run the item without reporting it: no reruns, no log hooks; wrappers stay in force."""
+        _compat.run_protocol(item, nextitem)
+        return True
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Note each report; send one that did not pass at once."""
+        at = time.monotonic()
+        report = yield
+        error = call.excinfo.value if call.excinfo is not None else None
+        phase = _phase(self._config, report, at, error)
+        if phase.outcome != "passed" and self._fail is not None:
+            self._fail(phase)
+        else:
+            self._phases.append(phase)
+        return report
+
+    def pytest_warning_recorded(
+        self,
+        warning_message: warnings.WarningMessage,
+        when: str,
+        nodeid: str,
+        location: tuple[str, int, str] | None,
+    ) -> None:
+        """Note warnings: they are in no report."""
+        self._warnings.append(
+            Warned(
+                category=f"{warning_message.category.__module__}:"
+                f"{warning_message.category.__qualname__}",
+                text=str(warning_message.message),
+                filename=warning_message.filename,
+                lineno=warning_message.lineno,
+                when=when,
+                node_id=nodeid,
+                location=location,
+            )
+        )
+
+
+def serve(session: pytest.Session, channel: Channel, controller: int) -> NoReturn:
+    """Turn this pytest session into a zygote; the call never returns.
+
+    Args:
+        session: about to collect; its own collection never goes on.
+        channel: to the controller.
+        controller: pidfd of the controller.
+    """
+    config = session.config
+    real_output = None
+    _compat.stop_capture(config)
+    if config.option.capture == "no":
+        real_output = (os.dup(1), os.dup(2))
+    log = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(log, number)
+    _compat.start_capture(config)
+    runner = RankSession(session, real_output)
+    Zygote(channel, controller, collect=runner.collect, items=runner).serve()
+
+
+def become(request: Configure, channel: Channel, controller: int) -> NoReturn:
+    """Start a pytest session with the controller's configuration in this fresh process."""
+    os.chdir(request.directory)
+    sys.path[:] = request.sys_path
+    pytest.main(list(request.arguments), plugins=[_Follower(request, channel, controller)])
+    os._exit(1)  # only where the configuration failed; what pytest printed is in the log
+
+
+class _Follower:
+    """Steers a fresh session away from running anything of its own."""
+
+    def __init__(self, request: Configure, channel: Channel, controller: int) -> None:
+        self._request = request
+        self._channel = channel
+        self._controller = controller
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_cmdline_main(
+        self, config: pytest.Config
+    ) -> Generator[None, int | pytest.ExitCode | None, int | pytest.ExitCode | None]:
+        """Take over the controller's options before other plugins act on them."""
+        manager = config.pluginmanager
+        # pytest-rerunfailures starts a thread when configured; a zygote has to have one only
+        if (reruns := manager.get_plugin("rerunfailures")) is not None:
+            manager.unregister(reruns)
+        for name, value in self._request.options.items():
+            setattr(config.option, name, value)
+        return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
+        """Serve instead of collecting."""
+        if isinstance(collector, pytest.Session):
+            collector.config.pluginmanager.unregister(self)
+            serve(collector, self._channel, self._controller)
+
+
+def _make_quiet(config: pytest.Config) -> None:
+    manager = config.pluginmanager
+    # by name, and by the name of its module: some are registered as anonymous objects
+    for plugin in list(manager.get_plugins()):
+        module = getattr(plugin, "__module__", None) or getattr(plugin, "__name__", "")
+        is_report = type(plugin).__name__ in ("LogXML", "WorkerInteractor", "DSession")
+        if manager.get_name(plugin) in _CONTROLLERS or is_report or module == "pytest_timeout":
+            manager.unregister(plugin)
+    config.option.usepdb = False
+
+
+def _teardown_errors(session: pytest.Session, item: pytest.Item | None) -> list[str]:
+    call = pytest.CallInfo.from_call(lambda: _compat.tear_down_to(session, item), "teardown")
+    if call.excinfo is None:
+        return []
+    return [call.excinfo.getrepr(style="short").__str__()]
+
+
+def _phase(
+    config: pytest.Config, report: pytest.TestReport, at: float, error: BaseException | None
+) -> Phase:
+    data: dict[str, Any] = config.hook.pytest_report_to_serializable(config=config, report=report)
+    data["user_properties"] = [
+        (str(name), _plain(value)) for name, value in data.get("user_properties") or ()
+    ]
+    lost = [name for name, value in data.items() if not _is_plain(value)]
+    for name in lost:
+        del data[name]
+    return Phase(
+        when=report.when,
+        outcome=report.outcome,
+        was_xfail=getattr(report, "wasxfail", None),
+        report=data,
+        at=at,
+        place=collective_of(error),
+        lost=tuple(lost),
+    )
+
+
+def _plain(value: object) -> object:
+    return value if _is_plain(value) else str(value)
+
+
+def _is_plain(value: object) -> bool:
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        json.dumps(value)
+        return True
+    return False

@@ -1,0 +1,68 @@
+"""How the zygote of a pytest session comes to be: a fork of it, or a fresh process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from pytest_ranks.launch.group import early_variables
+from pytest_ranks.launch.link import ZygoteLink
+from pytest_ranks.launch.processes import native_threads
+from pytest_ranks.launch.wire import Configure, Prepare
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    import pytest
+
+    from pytest_ranks.launch.wire import Channel
+
+
+def start_zygote(session: pytest.Session) -> ZygoteLink:
+    """Start the zygote that collects with this session's configuration; returns at once.
+
+    A fork keeps configuration, plugins and hash seed, and needs no second start. It is safe only
+    while this process has one native thread (`threading` sees Python's only; those of an xdist
+    worker or a BLAS hold locks that no child can release) and no torch.
+    """
+    if native_threads() == 1 and "torch" not in sys.modules:
+
+        def serve(channel: Channel, controller: int) -> NoReturn:
+            from pytest_ranks.launch import session as rank_session
+
+            rank_session.serve(session, channel, controller)
+
+        link = ZygoteLink.start_forked(serve)
+    else:
+        link = ZygoteLink.start_fresh({**os.environ, **early_variables()}, "--pytest")
+        link.prepare(_configuration(session.config))
+    link.prepare(Prepare(modules=("torch",)))
+    return link
+
+
+def _configuration(config: pytest.Config) -> Configure:
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    if config.pluginmanager.has_plugin("pytest_cov"):
+        arguments.append("--no-cov")
+    kept: dict[str, object] = {
+        "numprocesses": None,
+        "maxprocesses": None,
+        "dist": "no",
+        "distload": False,
+        "looponfail": False,
+        "tx": [],
+        "usepdb": False,
+        "xmlpath": None,
+        "htmlpath": None,
+        "basetemp": None,
+    }
+    if "randomly_seed" in vars(config.option):
+        kept["randomly_seed"] = config.option.randomly_seed
+    options = {name: value for name, value in kept.items() if name in vars(config.option)}
+    return Configure(
+        arguments=tuple(arguments),
+        directory=str(config.invocation_params.dir),
+        sys_path=tuple(sys.path),
+        options=options,
+    )
