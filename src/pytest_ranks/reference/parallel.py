@@ -143,6 +143,8 @@ def parallelize(
 ) -> nn.Module:
     """Make the model take part; every strategy starts from rank 0's parameters.
 
+    Each rank holds the whole model until FSDP2 has cut it: for models that fit one device.
+
     Returns:
         The module to call: the model itself, or DDP around it.
     """

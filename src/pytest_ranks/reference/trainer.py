@@ -1,4 +1,4 @@
-"""The training loop. Read `train` and `train_step` first: the rest are their steps, in order.
+"""The training loop. Read `train`, `train_step` and `update` first: the rest are their steps.
 
 Each step is a method of a few lines, so that a subclass can change one decision and nothing else.
 Those that choose samples and make tensors are in `batches.py`.
@@ -126,25 +126,30 @@ class Trainer(BatchSteps):
         rows = self.shard(self.pack(window, self.lengths))
         batches = [self.collate(self.draw(each, self.samples)) for each in rows]
         tokens = self.count(batches)
-        lr = self.optimizer.param_groups[0]["lr"]
-        record = {"step": self.steps_taken + 1, "epoch": self.epoch, "loss": 0.0, "lr": lr}
-        record |= {"grad_norm": 0.0, "tokens": tokens, "samples": len(window)}
-        if tokens == 0:
-            record["note"] = "no token of this batch is trained: no step was made"
+        record: Record = {"step": self.steps_taken + 1, "epoch": self.epoch}
+        record |= {"lr": self.optimizer.param_groups[0]["lr"]}
+        record |= {"tokens": tokens, "samples": len(window)}
+        if tokens > 0:
+            record |= self.update(batches, tokens)
         else:
-            total = torch.zeros((), device=self.world.device)
-            for number, batch in enumerate(batches):
-                with self.sync(last=number == len(batches) - 1):
-                    cross_entropy = self.cross_entropy(self.forward(batch), batch.labels)
-                    self.backward(self.scale(cross_entropy, tokens))
-                total += cross_entropy.detach()
-            record["grad_norm"] = self.clip()
-            self.step()
-            self.schedule()
-            self.zero()
-            record["loss"] = self.mean_loss(total, tokens)
+            note = "no token of this batch is trained: no step was made"
+            record |= {"loss": 0.0, "grad_norm": 0.0, "note": note}
         self.steps_taken += 1
         return record | {"seconds": time.perf_counter() - started}
+
+    def update(self, batches: list[MicroBatch], tokens: int) -> Record:
+        """Add up the gradients of this rank's micro-batches and make one optimizer step."""
+        total = torch.zeros((), device=self.world.device)
+        for number, batch in enumerate(batches):
+            with self.sync(last=number == len(batches) - 1):
+                cross_entropy = self.cross_entropy(self.forward(batch), batch.labels)
+                self.backward(self.scale(cross_entropy, tokens))
+            total += cross_entropy.detach()
+        grad_norm = self.clip()
+        self.step()
+        self.schedule()
+        self.zero()
+        return {"loss": self.mean_loss(total, tokens), "grad_norm": grad_norm}
 
     # ---- before the first step --------------------------------------------------------------
 
