@@ -31,7 +31,7 @@ from pytest_ranks.errors import RanksError
 from pytest_ranks.models import causal_lm_families, tiny_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import FrameType
 
 PARAMETER_BUDGET = 1_000_000
@@ -199,14 +199,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reach", type=float, default=REACH, help="least share reached (0.9)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     families = options.family or causal_lm_families()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trials = _try_all(families, deadline=options.deadline)
+    return _conclude(trials, reach=options.reach)
+
+
+def _try_all(families: Sequence[str], *, deadline: float) -> list[Trial]:
+    """Print a line a family as soon as it is done."""
     trials = []
     print(
         f"{'family':<26}{'parameters':>11}{'loss':>8}{'gradient':>9}{'causal':>7}{'s':>7}  trouble"
     )
     for number, family in enumerate(families, 1):
-        trial = try_family(family, deadline=options.deadline)
+        trial = try_family(family, deadline=deadline)
         trials.append(trial)
         print(
             f"{family:<26}{trial.parameters:>11}{trial.loss:>8.3f}"
@@ -214,13 +221,18 @@ def main(arguments: list[str] | None = None) -> int:
             f"  {trial.trouble[:300]}  [{number}/{len(families)}]",
             flush=True,
         )
+    return trials
+
+
+def _conclude(trials: list[Trial], *, reach: float) -> int:
+    """Print the share reached and what was missed; return the exit status."""
     reached = [trial for trial in trials if not trial.trouble]
     share = len(reached) / len(trials)
     print(f"reached {len(reached)} of {len(trials)} families ({share:.1%})")
     for trial in trials:
         if trial.trouble:
             print(f"  {trial.family}: {trial.trouble}")
-    return 0 if share >= options.reach else 1
+    return 0 if share >= reach else 1
 
 
 if __name__ == "__main__":

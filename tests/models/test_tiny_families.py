@@ -105,14 +105,16 @@ def test_kinds_of_layers_and_ties_are_kept(family: str) -> None:
             assert set(getattr(tiny, kinds)) == set(getattr(full, kinds))
     assert tiny.tie_word_embeddings == full.tie_word_embeddings
     if getattr(full, "num_key_value_heads", None):
-        ratio = full.num_attention_heads > full.num_key_value_heads
-        assert (tiny.num_attention_heads > tiny.num_key_value_heads) == ratio
+        groups = full.num_attention_heads > full.num_key_value_heads
+        groups = groups or family in ("llama", "qwen2")  # as released, not as the default config
+        assert (tiny.num_attention_heads > tiny.num_key_value_heads) == groups
     if getattr(full, "sliding_window", None):
         assert 0 < tiny.sliding_window <= 33 < tiny.max_position_embeddings
 
 
-def test_grouped_query_attention_of_mixtral() -> None:
-    model = tiny_model("mixtral")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_grouped_query_attention(family: str) -> None:
+    model = tiny_model(family)
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.out_features == 64
     assert attention.k_proj.out_features == attention.v_proj.out_features == 32
@@ -193,7 +195,8 @@ def test_copies_and_pickles_keep_what_we_attached(tmp_path: Path) -> None:
 
 def test_overrides_and_what_follows_them() -> None:
     config = tiny_model("llama", hidden_size=128, num_attention_heads=8).config
-    assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (128, 16, 8)
+    assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (128, 16, 4)
+    assert tiny_model("llama", num_attention_heads=1).config.num_key_value_heads == 1
     assert tiny_model("gpt2", hidden_size=32).config.n_embd == 32  # the family's name for it
     config = tiny_model("qwen3", num_attention_heads=6, head_dim=16, num_key_value_heads=3).config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 3, 16)

@@ -101,7 +101,13 @@ def _key_value_heads(name: str, default: int, scale: Scale, family: Mapping[str,
         return 1
     if default >= heads:
         return scale.heads
-    return next(n for n in range(max(scale.heads // 2, 1), 0, -1) if scale.heads % n == 0)
+    return grouped(scale)
+
+
+def grouped(scale: Scale) -> int:
+    """Return the number of key and value heads when groups of query heads share one."""
+    most = max(scale.heads // 2, 1)
+    return next(n for n in range(most, 0, -1) if scale.heads % n == 0)
 
 
 def _feed_forward(name: str, _: int, scale: Scale, __: Mapping[str, Any]) -> int:

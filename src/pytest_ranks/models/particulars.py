@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from pytest_ranks.models.meanings import grouped
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -43,6 +45,9 @@ PARTICULARS: Final[dict[str, dict[str, Any]]] = {
             [[kind], 1] for kind in _in_turn("global", "local")(scale)
         ],
     },
+    # Every model released since Llama 3 and Qwen2 groups its heads; the default configs do not.
+    "llama": {"num_key_value_heads": grouped},
+    "qwen2": {"num_key_value_heads": grouped},
     # The default config does not say which layers attend.
     "lfm2_moe": {"layer_types": _in_turn("conv", "full_attention")},
     # Logits are divided by hidden_size / dim_model_base, 10 in the default config.
