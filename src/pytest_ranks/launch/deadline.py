@@ -24,6 +24,7 @@ _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*:$")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 _COLLECTIVES = (os.sep + "torch" + os.sep + "distributed" + os.sep,)
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(_HERE) + os.sep
 _PLUMBING = {"wrapper", "inner", "__call__", "_call_impl", "_wrapped_call_impl"}
 
 
@@ -48,6 +49,7 @@ def dump_stacks(handles: Sequence[RankHandle]) -> list[str]:
     is blocked inside a collective.
     """
     for handle in handles:
+        os.ftruncate(handle.stacks, 0)
         if handle.ready and handle.pidfd is not None:
             send_signal(handle.pidfd, STACKS_SIGNAL)
     end = time.monotonic() + DUMP_SECONDS
@@ -115,19 +117,23 @@ def main_frames(dump: str, main_thread: int) -> list[tuple[str, int, str]]:
 
 
 def trim(dump: str) -> str:
-    """Return a dump without the frames below the rank's own loop and the list of extensions."""
-    kept: list[str] = []
-    hidden = False
+    """Return a dump without the frames of pytest, of the rank's loop, and without extensions."""
+    kept = []
     for text in dump.splitlines():
-        if text.startswith("Extension modules:"):
-            continue
-        if not text.startswith("  "):
-            hidden = False
-        elif (frame := _FRAME.match(text)) is not None and os.path.dirname(frame[1]) == _HERE:
-            hidden = True
-        if not hidden:
+        frame = _FRAME.match(text)
+        is_noise = text.startswith("Extension modules:") or (
+            frame is not None and is_plumbing(frame[1])
+        )
+        if not is_noise:
             kept.append(text)
     return "\n".join(kept).strip()
+
+
+def is_plumbing(file: str) -> bool:
+    """Return whether a file only carries the call from the rank's loop to the user's code."""
+    return file.startswith(("<frozen runpy>", _PACKAGE)) or any(
+        f"{os.sep}{folder}{os.sep}" in file for folder in ("_pytest", "pluggy")
+    )
 
 
 def is_library(file: str) -> bool:

@@ -30,8 +30,9 @@ class Failure:
 
     Attributes:
         rank: its number.
-        kind: `raised`, `died`, `deadline` (still at work when the time was up) or `stopped`
-            (still at work after another rank had failed).
+        kind: `raised`, `died`, `deadline` (still at work when the time was up), `abandoned`
+            (in a collective when the others had finished) or `stopped` (still at work after
+            another rank had failed).
         headline: one line.
         text: the traceback, or the stacks.
         at: CLOCK_MONOTONIC seconds.
@@ -58,6 +59,36 @@ class Failure:
 def says_peer_went(text: str) -> bool:
     """Return whether an error text only says that another rank went away."""
     return _PEER_WENT.search(text) is not None
+
+
+_HINTS = (
+    (
+        re.compile(r"op\.preamble\.length <= op\.nbytes"),
+        "hint: gloo aborts a rank that receives more than it asked for: the ranks called "
+        "collectives with different shapes or dtypes, or different collectives.",
+    ),
+)
+
+
+def hints(failures: Sequence[Failure]) -> list[str]:
+    """Return what known error texts mean, each once."""
+    texts = [f"{one.headline}\n{one.text}\n{one.output}" for one in failures]
+    return [hint for pattern, hint in _HINTS if any(map(pattern.search, texts))]
+
+
+def stacks(failures: Sequence[Failure]) -> list[str]:
+    """Return the stacks of ranks that were stopped or died, equal ones once."""
+    found: dict[str, list[int]] = {}
+    for one in failures:
+        if one.kind != "raised" and one.text:
+            found.setdefault(one.text, []).append(one.rank)
+    return [f"\nstacks of {ranks_text(numbers)}:\n{text}" for text, numbers in found.items()]
+
+
+def collateral_line(failure: Failure) -> str:
+    """Return one line about a rank that only felt another one's failure."""
+    said = failure.headline.split(" This is typically caused by")[0]
+    return f"collateral: rank {failure.rank} {said}"
 
 
 def of_function(run: RankRun) -> Failure | None:
@@ -90,7 +121,7 @@ def of_unfinished(run: RankRun, *, output: str) -> Failure:
             at=run.at,
             output=output,
         )
-    kind = "deadline" if run.stopped == "deadline" else "stopped"
+    kind = run.stopped if run.stopped in ("deadline", "abandoned") else "stopped"
     place = str(run.where) if run.where is not None else "a place that its stacks do not show"
     return Failure(
         rank=run.rank,
@@ -115,20 +146,24 @@ def in_order(failures: Sequence[Failure]) -> list[Failure]:
 def describe(failures: Sequence[Failure], *, world_size: int, timeout: float) -> str:
     """Return the text of a failed run; the failures are in order."""
     first, rest = failures[0], failures[1:]
-    lines = [headline(failures, world_size=world_size, timeout=timeout)]
-    if first.text:
-        title = "traceback" if first.kind == "raised" else "stacks"
-        lines += ["", f"{title} of rank {first.rank}:", first.text.rstrip()]
-    if first.output:
-        lines += ["", f"output of rank {first.rank}, its end:", first.output]
+    lines = [headline(failures, world_size=world_size, timeout=timeout), *hints(failures)]
+    if first.kind == "raised":
+        lines += ["", f"traceback of rank {first.rank}:", first.text.rstrip()]
+    lines += _output(first)
     for other in rest:
-        if other.is_collateral and first.kind != "deadline":
-            lines += ["", f"collateral, rank {other.rank}: {other.kind} ({other.headline})"]
-            continue
-        lines += ["", f"rank {other.rank} {other.kind}: {other.headline}", other.text.rstrip()]
-        if other.output:
-            lines += [f"output of rank {other.rank}, its end:", other.output]
-    return "\n".join(lines)
+        if other.is_collateral:
+            lines += ["", collateral_line(other)]
+        elif other.kind == "raised":
+            lines += ["", f"rank {other.rank} failed too:", other.text.rstrip(), *_output(other)]
+        else:
+            lines += _output(other)
+    return "\n".join([*lines, *stacks(failures)])
+
+
+def _output(failure: Failure) -> list[str]:
+    if not failure.output:
+        return []
+    return ["", f"output of rank {failure.rank}, its end:", failure.output]
 
 
 def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) -> str:
@@ -140,6 +175,12 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
         done = world_size - len(failures)
         others = f"; {ranks_text(_others(failures, world_size))} had finished" if done else ""
         return f"timed out after {timeout:g} s: {places}{others}"
+    if first.kind == "abandoned":
+        left = [one for one in failures if one.kind == "abandoned"]
+        waited = "; ".join(_join_places(left))
+        return (
+            f"{waited}, waiting for {ranks_text(_others(failures, world_size))} that had finished"
+        )
     others = _what_others_did(failures[1:])
     verb = "failed first" if world_size > 1 else "failed"
     return f"rank {first.rank} of {world_size} {verb}{others}: {first.headline}"

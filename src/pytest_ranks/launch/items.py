@@ -334,12 +334,14 @@ class RankItems:
         notes = []
         if self._link.how == "fresh":
             notes.append(
-                "ranks come from a fresh process: this one had native threads or torch before "
-                "collection, so a fork was not safe"
+                "note: the ranks collected in a process of their own, because this one had "
+                "threads or torch before collection, so a fork was not safe"
             )
         if (threads := pool.ranks.native_threads()) > 1:
-            notes.append(f"the process that ranks are forked from had {threads} native threads")
-        return "; ".join(notes)
+            notes.append(
+                f"note: the process that ranks are forked from had {threads} native threads"
+            )
+        return "\n".join(notes)
 
 
 def _key(item: pytest.Item, spec: RankSpec) -> PoolKey:

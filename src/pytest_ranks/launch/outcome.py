@@ -25,7 +25,7 @@ class RankResult:
         phases: its reports, in order.
         died: whether its process ended by itself.
         stopped: whether we ended it after another rank had failed.
-        timed_out: whether we ended it at the deadline.
+        timed_out: whether we ended it at the deadline, or waiting for ranks that had finished.
         raised: whether something raised outside of a phase.
         missing: whether it did not find the item.
     """
@@ -109,7 +109,7 @@ def result_of(run: RankRun) -> RankResult:
         phases=tuple(sorted(phases, key=lambda phase: order.index(phase.when))),
         died=run.crashed,
         stopped=run.stopped == "collateral",
-        timed_out=run.stopped == "deadline",
+        timed_out=run.stopped in ("deadline", "abandoned"),
         raised=raised,
         missing=missing,
     )

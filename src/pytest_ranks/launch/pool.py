@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.processes import read_tail
-from pytest_ranks.launch.wire import ChannelClosed, Leave, Ready, Started
+from pytest_ranks.launch.wire import ChannelClosed, Go, Leave, Ready, Started
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,8 @@ GRACE = 1.0
 # Seconds for fork, imports, collection and rendezvous, before the deadline of the work starts.
 START_SECONDS = 300.0
 STATUS_SECONDS = 1.0
+# Seconds between two looks at ranks that are still at work when others have finished.
+PROBE_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -36,7 +38,8 @@ class RankRun:
         done: whether it said that it is done.
         crashed: whether its process ended by itself.
         status: how the process ended, as an exit code or -signal.
-        stopped: why we ended it: nothing, `collateral` after another's failure, or `deadline`.
+        stopped: why we ended it: nothing, `collateral` after another's failure, `abandoned` in
+            a collective when the others had finished, or `deadline`.
         at: CLOCK_MONOTONIC seconds at which its end was seen.
         output: the end of what it wrote outside of pytest's capture.
         captured: the end of what pytest's capture held when the process ended.
@@ -165,22 +168,56 @@ class _Watch:
         self.limit = time.monotonic() + START_SECONDS
         self._started: set[int] = set()
         self._grace: float | None = None
+        self._probe: float | None = None
+        self._places: list[str] = []
 
     def until_over(self) -> bool:
         """Return, once no rank is at work any more, whether the deadline passed."""
         timed_out = False
         while waiting := [run for run in self.runs if not (run.done or run.crashed)]:
             now = time.monotonic()
-            end = self.limit if self._grace is None else min(self._grace, self.limit)
-            if now >= end:
-                timed_out = self._grace is None or self.limit < self._grace
-                self._stop(waiting, "deadline" if timed_out else "collateral")
+            grace = self.limit if self._grace is None else self._grace
+            if now >= self.limit:
+                timed_out = True
+                self._stop(waiting, "deadline")
                 break
-            self._step(end - now)
+            if now >= grace:
+                self._stop(waiting, "collateral")
+                break
+            probe = self._next_probe(waiting, now)
+            if now >= probe:
+                if self._are_abandoned(waiting):
+                    timed_out = True
+                    self._stop(waiting, "abandoned")
+                    break
+                probe = self._probe = time.monotonic() + PROBE_SECONDS
+            self._step(max(0.0, min(self.limit, grace, probe) - now))
         for handle, run in zip(self._handles, self.runs, strict=True):
             if run.done:
                 run.output = read_tail(handle.output)
         return timed_out
+
+    def _next_probe(self, waiting: list[RankRun], now: float) -> float:
+        """Return when to look at ranks that are left while others have finished."""
+        if len(waiting) == len(self.runs):
+            return self.limit
+        if self._probe is None:
+            self._probe = now + PROBE_SECONDS
+        return self._probe
+
+    def _are_abandoned(self, waiting: list[RankRun]) -> bool:
+        """Return whether all ranks that are left wait in the same collective as a probe ago.
+
+        The others have finished, so nobody will ever answer them.
+        """
+        handles = [self._handles[run.rank] for run in waiting]
+        found = [
+            deadline.find_where(dump, handle.main_thread)
+            for handle, dump in zip(handles, deadline.dump_stacks(handles), strict=True)
+        ]
+        before, self._places = self._places, [str(where) for where in found]
+        is_waiting = all(where is not None and where.collective for where in found)
+        return is_waiting and self._places == before
 
     def _step(self, seconds: float) -> None:
         poll = select.poll()
@@ -222,12 +259,18 @@ class _Watch:
         if isinstance(message, Started):
             self._started.add(run.rank)
             if len(self._started) == len(self.runs):
-                self.limit = time.monotonic() + self._timeout
+                self._release()
             return
         run.messages.append(message)
         run.done = run.done or self._is_last(message)
         if self._is_failure(message) and self._grace is None:
             self._grace = time.monotonic() + GRACE
+
+    def _release(self) -> None:
+        self.limit = time.monotonic() + self._timeout
+        for handle in self._handles:
+            with contextlib.suppress(ChannelClosed):  # its pidfd tells
+                handle.channel.send(Go())
 
     def _await_end(self, handle: RankHandle) -> None:
         end = time.monotonic() + STATUS_SECONDS

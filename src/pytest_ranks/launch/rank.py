@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks.errors import UnavailableError
-from pytest_ranks.launch.deadline import collective_of
+from pytest_ranks.launch.deadline import collective_of, is_plumbing
 from pytest_ranks.launch.group import (
     ProcessGroup,
     export_rank_variables,
@@ -28,6 +28,7 @@ from pytest_ranks.launch.wire import (
     Channel,
     ChannelClosed,
     Finished,
+    Go,
     Leave,
     Raised,
     Ready,
@@ -175,6 +176,8 @@ class Rank:
         self._cut = False
         self._enter(request.world)
         self._channel.send(Started())
+        answer, _ = self._channel.receive()
+        assert isinstance(answer, Go)
         if isinstance(request, RunFunction):
             self._channel.send(Returned(value=self._call(request)))
             return
@@ -182,8 +185,7 @@ class Rank:
         finished = self._items.run(request, self._fail)
         if request.world.keep_group:
             finished = replace(finished, sequence=self._group.sequence())
-        else:
-            self._group.drop()
+        # The group stays until the next run: a peer may still be in its last collective.
         self._channel.send(finished)
 
     def _enter(self, world: World) -> None:
@@ -255,7 +257,7 @@ def raised(error: BaseException) -> Raised:
     at = time.monotonic()
     try:
         own = error.__traceback__
-        while own is not None and own.tb_frame.f_code.co_filename == __file__:
+        while own is not None and is_plumbing(own.tb_frame.f_code.co_filename):
             own = own.tb_next  # the reader wants the frames of the function
         lines = traceback.format_exception(type(error), error, own or error.__traceback__)
         headline = "".join(traceback.format_exception_only(type(error), error)).strip()

@@ -100,19 +100,21 @@ def _failed(
     else:
         ordered = failures.in_order(found)
         head = failures.headline(ordered, world_size=world_size, timeout=timeout)
-    sections = [*sections, *_stack_sections(ordered), *_output_sections(ordered)]
+    sections = [*sections, *_output_sections(ordered)]
     root = ordered[0] if ordered else None
     phase = _failed_phase(results[root.rank]) if root is not None else None
     when = "call"
     if word == "error" and phase is not None and phase.when in ("setup", "teardown"):
         when = phase.when
-    tail = [*_others_lines(ordered[1:]), *([note] if note and word == "crashed" else [])]
+    tail = [*failures.hints(ordered), *_others_lines(ordered[1:]), *failures.stacks(ordered)]
+    if note and word == "crashed":
+        tail.append(note)
     tail.append(f"reproduce: pytest {item.nodeid!r}")
     longrepr = _compat.make_longrepr(
         item,
         head=head,
         inner=_longrepr(item, phase) if phase is not None else None,
-        text=root.text if root is not None and phase is None else "",
+        text=root.text if root is not None and phase is None and root.kind == "raised" else "",
         tail="\n".join(tail),
     )
     return ItemOutcome(
@@ -209,24 +211,16 @@ def _output_sections(ordered: list[Failure]) -> list[tuple[str, str]]:
     return [(f"Captured output (rank {one.rank})", one.output) for one in ordered if one.output]
 
 
-def _stack_sections(ordered: list[Failure]) -> list[tuple[str, str]]:
-    found: dict[str, list[int]] = {}
-    for one in ordered:
-        if one.kind in ("deadline", "stopped", "died") and one.text:
-            found.setdefault(one.text, []).append(one.rank)
-    return [(f"Stacks ({failures.ranks_text(ranks)})", text) for text, ranks in found.items()]
-
-
 def _others_lines(others: list[Failure]) -> list[str]:
     lines = []
     for one in others:
-        if one.is_collateral:
-            lines.append(f"collateral: rank {one.rank} {one.headline}")
+        if one.is_collateral:  # cut off, or stopped
+            lines.append(failures.collateral_line(one))
         elif one.kind == "raised":
             lines.append(f"rank {one.rank} failed too: {one.headline}")
-        else:
+        elif one.kind == "died":
             lines.append(f"rank {one.rank} {one.headline}")
-    return lines
+    return lines  # those at work when the time was up are in the headline
 
 
 def _properties(results: list[RankResult]) -> list[tuple[str, object]]:

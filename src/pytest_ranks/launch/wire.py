@@ -283,6 +283,11 @@ class RunItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Go:
+    """Every rank has joined: the work may start, and a failure may cut connections."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TearDown:
     """Run the teardowns of all fixtures that are still alive on the rank."""
 
@@ -304,7 +309,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The rank has joined its process group and starts the work."""
+    """The rank has joined its process group and waits for `Go`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
