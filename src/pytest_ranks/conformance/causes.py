@@ -34,7 +34,7 @@ def weight_hypotheses(reading: Reading) -> list[Hypothesis]:
     found = reading.scaled()
     size = sum(value * value for value in found.values()) ** 0.5 or 1.0
     hypotheses = []
-    for cause, reference, predicted in _predictions(reading):
+    for cause, reference, predicted in predictions(reading):
         missed = sum((found[pair] - predicted.get(pair, 0.0)) ** 2 for pair in found) ** 0.5
         hypotheses.append(Hypothesis(cause=cause, error=missed / size, reference=reference))
     return hypotheses
@@ -84,7 +84,8 @@ def _by_batch(reading: Reading, formula: Formula) -> dict[Pair, float]:
     return {pair: float(weight[_sample(reading, pair)]) for pair in reading.wanted}
 
 
-def _predictions(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
+def predictions(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
+    """Return every known formula: its cause, a public issue, and weight x N of each pair."""
     return [*_uniform(reading), *_per_batch(reading)]
 
 

@@ -85,9 +85,14 @@ class Check:
         )
 
     def unmet(self, capabilities: Capabilities) -> str:
-        """Return which required capability the subject does not declare; empty when it has all."""
+        """Return why a check is not applicable to what a subject declares; empty when it is."""
         missing = [name for name in self.requires if not capabilities.has(name)]
-        return f"the subject does not declare {missing[0]}" if missing else ""
+        if missing:
+            return f"the subject does not declare {missing[0]}"
+        if not self.settings(capabilities):
+            sizes = " or ".join(map(str, self.worlds))
+            return f"it needs {' or '.join(self.strategies)} on {sizes} ranks, which the subject does not declare"
+        return ""
 
 
 _REGISTRY: dict[str, Check] = {}

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks.conformance import oracle
 from pytest_ranks.conformance.causes import expected_weights, weight_hypotheses
-from pytest_ranks.conformance.findings import Finding, Hypothesis, Inconclusive, diagnose
+from pytest_ranks.conformance.findings import MATCH, Finding, Hypothesis, Inconclusive, diagnose
 from pytest_ranks.conformance.reading import read_step
+from pytest_ranks.conformance.update_causes import update_hypotheses
 from pytest_ranks.models.corpora import unique_token_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB
 
@@ -116,6 +117,7 @@ def weights_in_words(reading: Reading) -> str:
 
 
 def judge_update(
+    bench: Bench,
     run: Run,
     update: oracle.Weights,
     wanted: oracle.Weights,
@@ -133,10 +135,7 @@ def judge_update(
         return
     factor, rest = oracle.best_factor(update, wanted)
     name, off = oracle.worst_tensor(update, wanted)
-    job = run.job
-    cause, reference = diagnose(
-        _factor_hypotheses(job.world_size, job.gradient_accumulation_steps, factor, rest)
-    )
+    cause, reference = explain_update(bench, run, update)
     raise Finding(
         rule,
         f"relative error {error:.1e}; update = {factor:.4f} x the oracle's + {rest:.1e}; "
@@ -149,24 +148,17 @@ def judge_update(
     )
 
 
-def _factor_hypotheses(ranks: int, steps: int, factor: float, rest: float) -> list[Hypothesis]:
-    table = [
-        (f"the update is 1/world_size = 1/{ranks} of what it should be", 1 / ranks, ranks > 1),
-        (f"the update is world_size = {ranks} times what it should be", float(ranks), ranks > 1),
-        (
-            f"the update is 1/gradient_accumulation_steps = 1/{steps} of what it should be",
-            1 / steps,
-            steps > 1,
-        ),
-        (
-            f"the update is gradient_accumulation_steps = {steps} times what it should be",
-            float(steps),
-            steps > 1,
-        ),
-        (f"a uniform factor {factor:.4f}", factor, True),
-    ]
-    return [
-        Hypothesis(cause=cause, error=max(abs(factor / predicted - 1), rest))
-        for cause, predicted, applies in table
-        if applies
-    ]
+def explain_update(bench: Bench, run: Run, update: oracle.Weights) -> tuple[str, str]:
+    """Return the formula that predicts a wrong update on `CORPUS`, and its public issue."""
+    hypotheses = update_hypotheses(run, CORPUS, bench.materials, update)
+    if min(entry.error for entry in hypotheses) > MATCH:
+        wanted, _ = oracle.gradient(
+            bench.materials.initial("llama"), bench.materials.config(), CORPUS.samples
+        )
+        factor, rest = oracle.best_factor(update, wanted)
+        hypotheses.append(
+            Hypothesis(
+                cause=f"every tensor's update is {factor:.4f} x what it should be", error=rest
+            )
+        )
+    return diagnose(hypotheses)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_ranks.conformance.oracle import Weights, summed_gradient
 from pytest_ranks.models.corpora import EOS_ID
 from pytest_ranks.models.ledger import LEDGER_VOCAB, LedgerTable, id_tokenizer, ledger_llama
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+    from pytest_ranks.models.corpora import Corpus
 
 
 def tiny_llama(*, dropout: float = 0.0) -> Any:
@@ -58,6 +61,7 @@ class Materials:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._initial: dict[tuple[str, float], dict[str, Tensor]] = {}
+        self._gradients: dict[int, list[Weights]] = {}
 
     def model_dir(self, model: str, *, dropout: float = 0.0) -> str:
         """Return the directory of a model, written at the first request; empty for the table, which has none."""
@@ -85,6 +89,16 @@ class Materials:
     def config(self) -> Any:
         """Return the tiny Llama's configuration, for the oracle."""
         return tiny_llama().config
+
+    def sample_gradients(self, corpus: Corpus) -> list[Weights]:
+        """Return the small Llama's float64 gradient of each sample's summed loss, computed once a corpus."""
+        key = id(corpus)
+        if key not in self._gradients:
+            weights, config = self.initial("llama"), self.config()
+            self._gradients[key] = [
+                summed_gradient(weights, config, sample) for sample in corpus.samples
+            ]
+        return self._gradients[key]
 
     def _once(self, name: str, write: Any) -> str:
         target = self.folder / "models" / name

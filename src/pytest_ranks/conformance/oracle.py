@@ -100,6 +100,17 @@ def sample_loss_sum(
     )
 
 
+def summed_gradient(weights: Mapping[str, Tensor], config: Any, sample: Sample) -> Weights:
+    """Return the float64 gradient of the sum of a sample's token cross entropies; zero without targets."""
+    leaves = {name: value.double().clone().requires_grad_() for name, value in weights.items()}
+    total, _ = sample_loss_sum(leaves, config, sample)
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad.nan_to_num()
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+
+
 def gradient(
     weights: Mapping[str, Tensor], config: Any, batch: Iterable[Sample], *, weighting: str = "token"
 ) -> tuple[Weights, float]:
@@ -150,17 +161,22 @@ def relative_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
     ) / norm(wanted)
 
 
-def worst_tensor(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, float]:
-    """Return the name and relative error of the tensor that is furthest from what it should be.
+def tensor_errors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the relative error of each tensor.
 
     A tensor whose wanted norm is below 1e-3 of the largest is measured against that, so that noise has no say.
     """
     floor = 1e-3 * max(float(value.norm()) for value in wanted.values())
-    errors = {
+    return {
         name: float((found[name].double() - value.double()).norm())
         / max(float(value.norm()), floor)
         for name, value in wanted.items()
     }
+
+
+def worst_tensor(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, float]:
+    """Return the name and relative error of the tensor that is furthest from what it should be."""
+    errors = tensor_errors(found, wanted)
     worst = max(errors, key=lambda name: errors[name])
     return worst, errors[worst]
 

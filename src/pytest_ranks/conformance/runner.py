@@ -26,7 +26,7 @@ from pytest_ranks.conformance.findings import (
 )
 from pytest_ranks.conformance.job import Job, Optimizer
 from pytest_ranks.conformance.materials import Materials, locked
-from pytest_ranks.conformance.subject import SubjectRef, find_subject, inspect_subject
+from pytest_ranks.conformance.subject import find_subject, inspect_subject
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout
 
 if TYPE_CHECKING:
@@ -234,19 +234,19 @@ class Bench:
 
 
 def run_check(
-    session: Session, check: Check, setting: Setting, *, expected: str | None = None
+    session: Session, check: Check, setting: Setting | None, *, expected: str | None = None
 ) -> CheckResult:
     """Run one check in one setting and return its result; a subject's failure never raises here.
 
     Args:
         session: the subject's session.
         check: the check.
-        setting: strategy and world size.
+        setting: strategy and world size; None when it is not applicable in any.
         expected: the reason why it is expected to fail, or None.
     """
     began = time.perf_counter()
     outcome, text, finding = _judge(session, check, setting)
-    name = f"{check.id}[{setting}]"
+    name = check.id if setting is None else f"{check.id}[{setting}]"
     if finding is not None:
         text = finding.text(name)
         if expected is not None:
@@ -256,7 +256,7 @@ def run_check(
         text = f"{name} passed, but it is in expected_failures ({expected}): remove it there"
     return CheckResult(
         check=check.id,
-        setting=str(setting),
+        setting="" if setting is None else str(setting),
         outcome=outcome,
         text=text,
         seconds=time.perf_counter() - began,
@@ -264,9 +264,11 @@ def run_check(
     )
 
 
-def _judge(session: Session, check: Check, setting: Setting) -> tuple[str, str, Finding | None]:
+def _judge(
+    session: Session, check: Check, setting: Setting | None
+) -> tuple[str, str, Finding | None]:
     unmet = check.unmet(session.capabilities)
-    if unmet:
+    if unmet or setting is None:
         return "not applicable", unmet, None
     bench = Bench(session, setting)
     try:
@@ -309,31 +311,27 @@ def _gate(bench: Bench) -> None:
         raise verdict
 
 
-def plan(
-    session: Session,
-    names: Iterable[str] | None,
-    expected_failures: Mapping[str, str] | None = None,
-) -> list[tuple[Check, Setting, str | None]]:
-    """Return what will be judged: each selected check in each of its settings, with its expected failure.
-
-    Raises:
-        BadInputError: for a suite, check or expected failure that does not exist.
-    """
-    return plan_for(session.capabilities, names, expected_failures)
-
-
 def plan_for(
     capabilities: Capabilities,
     names: Iterable[str] | None,
     expected_failures: Mapping[str, str] | None = None,
-) -> list[tuple[Check, Setting, str | None]]:
-    """Return what will be judged for declared capabilities; see `plan`."""
+) -> list[tuple[Check, Setting | None, str | None]]:
+    """Return what will be judged: each selected check in each of its settings, with its expected failure.
+
+    A check that is not applicable is there once, without a setting.
+
+    Raises:
+        BadInputError: for a suite, check or expected failure that does not exist.
+    """
     wanted = list(names) if names is not None else None
     settings = {name.partition("[")[2].rstrip("]") for name in wanted or () if "[" in name}
     expected = dict(expected_failures or {})
     valid_expectations(expected)
-    planned = []
+    planned: list[tuple[Check, Setting | None, str | None]] = []
     for check in select(None if wanted is None else [name.partition("[")[0] for name in wanted]):
+        if check.unmet(capabilities):
+            planned.append((check, None, None))
+            continue
         for setting in check.settings(capabilities):
             if settings and str(setting) not in settings:
                 continue
@@ -374,7 +372,8 @@ def check_trainer(
         session = Session(subject, Path(folder) if folder is not None else Path(temporary))
         try:
             results = []
-            for check, setting, reason in plan(session, suites, expected_failures):
+            expected = {**session.ref.declared_failures(), **(expected_failures or {})}
+            for check, setting, reason in plan_for(session.capabilities, suites, expected):
                 result = run_check(session, check, setting, expected=reason)
                 results.append(result)
                 if progress is not None:
@@ -382,15 +381,3 @@ def check_trainer(
             return results
         finally:
             session.close()
-
-
-__all__ = [
-    "Bench",
-    "Run",
-    "Session",
-    "SubjectRef",
-    "check_trainer",
-    "plan",
-    "plan_for",
-    "run_check",
-]

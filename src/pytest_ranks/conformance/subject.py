@@ -158,7 +158,10 @@ class Trained:
 
 @runtime_checkable
 class Subject(Protocol):
-    """The training code under test: a class with declared capabilities and one method."""
+    """The training code under test: a class with declared capabilities and one method.
+
+    It may have a class attribute `expected_failures`, check id to reason, for defects that are known.
+    """
 
     capabilities: Capabilities
 
@@ -199,6 +202,10 @@ class SubjectRef:
                 )
             found = getattr(found, part)
         return found
+
+    def declared_failures(self) -> dict[str, str]:
+        """Return the expected failures that the class itself declares: check id to reason."""
+        return dict(getattr(self.load(), "expected_failures", {}))
 
     def _import(self) -> ModuleType:
         try:

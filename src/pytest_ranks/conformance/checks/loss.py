@@ -176,7 +176,7 @@ def check_split_invariance(bench: Bench) -> None:
         update = {
             name: -value for name, value in oracle.difference(run.parameters, initial).items()
         }
-        judge_update(run, update, wanted, rule="the update MUST equal the float64 oracle's")
+        judge_update(bench, run, update, wanted, rule="the update MUST equal the float64 oracle's")
 
 
 def _sequence_or_token(bench: Bench) -> str:

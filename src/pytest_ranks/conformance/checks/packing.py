@@ -268,7 +268,7 @@ def check_update_is_that_without_packing(bench: Bench) -> None:
     )
     update = {name: -value for name, value in oracle.difference(run.parameters, initial).items()}
     judge_update(
-        run, update, wanted, rule="the packed update MUST equal the update without packing"
+        bench, run, update, wanted, rule="the packed update MUST equal the update without packing"
     )
 
 
