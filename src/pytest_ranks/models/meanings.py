@@ -18,6 +18,7 @@ from pytest_ranks.models.tokenizers import BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+# The names that transformers 5.23 uses for one meaning; more specific rows of MEANINGS come first.
 OWN_WIDTH = re.compile(r"hidden_size|(d|dim)_model|n_embd|emb_dim|embedding_dim")
 WIDTH = re.compile(
     rf"({OWN_WIDTH.pattern}|embed_dim|\w*embedding_(size|dim)|word_embed_proj_dim"
@@ -25,13 +26,13 @@ WIDTH = re.compile(
     r"|(vision|audio|adapter)_(output_dim|input_size|out_dim|dim)|output_proj_dims|input_size)"
 )
 HEADS = re.compile(
-    r"((n|num)_heads?|(\w+_)?attention_heads|\w*_n_heads|(n_)?mamba_(num_|n_)?heads|n_mamba_heads"
+    r"((n|num)_heads?|(\w+_)?attention_heads|\w*_n_heads|(n_)?mamba_(num_|n_)?heads"
     r"|linear_num_heads|num_attention_heads_per_layer)"
 )
 KEY_VALUE_HEADS = re.compile(r"(\w+_)?(key_value|kv|kv_n)_heads|num_query_groups")
 LAYERS = re.compile(
     r"((n|num)_)?(conf_num_)?((hidden|decoder|encoder)_)?layers|n_layer|num_blocks|depth"
-    r"|num_layers_per_stack|num_global_layers|num_hidden_layers"
+    r"|num_layers_per_stack|num_global_layers"
 )
 HEAD_DIM = re.compile(
     r"(swa_)?head_dim|d_head|dim_head|d_kv|attention_head_(dim|size)|kv_channels"
@@ -46,6 +47,9 @@ ROTARY_PART: Final = 8
 class Scale:
     """The few numbers that every tiny size is derived from.
 
+    The defaults divide by 2 and 4, so that a tiny model can be split over as many tensor-parallel
+    ranks, and every product that a family checks (heads times head size) comes out whole.
+
     Attributes:
         vocab_size: number of token ids.
         hidden: width of the residual stream.
@@ -54,6 +58,8 @@ class Scale:
         positions: longest sequence; above 256, so that tests can use real sequences.
         window: sliding windows and chunks; far below `positions`, so that they matter.
         top: tokens or blocks that a sparse attention may choose.
+        experts: experts of a layer; two groups of two, as grouped routing needs at least.
+        rank: of low-rank factors, as in latent attention.
         head_dim: size of a head that the user asked for; None: from hidden and heads.
     """
 
