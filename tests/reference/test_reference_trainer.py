@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.models import tiny_model
 from pytest_ranks.reference import TrainConfig, Trainer
 
 
@@ -256,9 +257,21 @@ def test_a_model_without_blocks_or_keywords_can_be_trained():
     torch.testing.assert_close(weights.detach(), torch.full((9,), 1 / 9))
 
 
-def test_packing_needs_a_model_that_takes_positions():
-    with pytest.raises(BadInputError, match="packing needs a model whose forward takes position_i"):
-        Trainer(config(pack_length=9), model=Table(4), samples=[])
+def test_a_model_that_lets_packed_documents_leak_is_refused(samples):
+    """Mamba's forward takes position_ids, and its state runs on over them."""
+    model = tiny_model("mamba")
+    with pytest.raises(BadInputError) as caught:
+        Trainer(config(pack_length=40), model=model, samples=samples).train()
+    assert str(caught.value).startswith(
+        "packing: MambaForCausalLM does not keep packed documents apart: changing one changed"
+    )
+    Trainer(config(), model=model, samples=samples).train()
+
+
+def test_a_model_whose_tokens_never_meet_can_be_packed_without_positions():
+    sample = {"input_ids": [1, 2], "labels": [1, 2]}
+    history = Trainer(config(pack_length=4), model=Table(4), samples=[sample] * 4).train()
+    assert history[0]["tokens"] == 4
 
 
 @pytest.mark.parametrize(

@@ -118,18 +118,11 @@ class BatchSteps:
         """Return the samples' lengths if packing needs them.
 
         Raises:
-            BadInputError: a sample is too long to be packed, or the model cannot keep packed
-                documents apart.
+            BadInputError: a sample is too long to be packed.
         """
         capacity = self.config.max_tokens_per_rank or self.config.pack_length
         if capacity is None:
             return None
-        if "position_ids" not in self.keywords:
-            raise BadInputError(
-                f"packing needs a model whose forward takes position_ids, which keep packed "
-                f"documents apart; {type(self.model).__name__} takes "
-                f"{', '.join(sorted(self.keywords)) or 'none of the known keywords'}."
-            )
         return data.measure(samples, capacity)
 
     def pack(self, window: list[int], lengths: Sequence[int] | None) -> BatchPlan:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference import (
     checkpoint,
     export,
@@ -161,6 +162,8 @@ class Trainer(BatchSteps):
         self.seed()
         self.masters()
         self.model.to(self.world.device)
+        if self.config.packed:
+            self.check_isolation()
         if self.config.activation_checkpointing:
             self.checkpoint_activations()
         self.wrapped = self.parallelize()
@@ -179,6 +182,20 @@ class Trainer(BatchSteps):
     def masters(self) -> None:
         """Train float32 parameters, also where computation is in bfloat16."""
         models.float32_masters(self.model)
+
+    def check_isolation(self) -> None:
+        """Refuse to pack for a model whose packed documents would see each other.
+
+        Raises:
+            BadInputError: they would.
+        """
+        if not models.keeps_documents_apart(self.model, self.keywords):
+            raise BadInputError(
+                f"packing: {type(self.model).__name__} does not keep packed documents apart: "
+                "changing one changed another's logits. Train it without max_tokens_per_rank and "
+                "pack_length; models that go by position_ids (Llama, Qwen, GPT-2 and most others) "
+                "can be packed."
+            )
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, dropout masks included."""
