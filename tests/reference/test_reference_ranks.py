@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -111,6 +112,8 @@ def test_resumed_ranks_are_the_uninterrupted_ones_bit_for_bit(
     saving = fields | {"checkpoint_every": 1, "out_dir": str(tmp_path)}
     by_rank = host.run(train_all, world_size=2, args=([(model, saving)], samples))
     whole, history, drawn = by_rank[0][0]
+    rates = [0.5 * (1 + math.cos(math.pi * step / 5)) * 1e-2 for step in range(5)]
+    assert [record["lr"] for record in history] == pytest.approx(rates)
     resuming = [
         (model, fields | {"resume_from": str(tmp_path / f"checkpoint-{step}.pt")})
         for step in (1, 2, 3, 4)

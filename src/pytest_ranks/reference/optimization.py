@@ -94,11 +94,7 @@ def clip_gradients(parameters: Iterable[Tensor], norm: float, max_norm: float) -
 
     Args:
         parameters: those with gradients.
-        norm: the gradients' global norm, already reduced over ranks.
-        max_norm: the limit. 1e-6 is added to the norm, as `torch.nn.utils.clip_grad_norm_` does.
+        norm: the gradients' global norm, over all ranks; torch adds 1e-6 to it.
+        max_norm: the limit.
     """
-    factor = max_norm / (norm + 1e-6)
-    if factor < 1.0:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
