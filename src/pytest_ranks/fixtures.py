@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from transformers import PreTrainedModel
 
+    from pytest_ranks.launch.functions import Launcher
     from pytest_ranks.launch.rank import RankContext
 
 
@@ -27,6 +28,24 @@ def rank() -> RankContext:
             "the fixture 'rank' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
             pytrace=False,
         )
+
+
+@pytest.fixture(scope="session")
+def launch() -> Generator[Launcher]:
+    """Run functions and scripts on ranks from an ordinary test.
+
+    `launch(function, world_size=2, args=(3,))` returns the results by rank;
+    `launch.script(["train.py", "--steps", "3"], world_size=2)` runs torchrun.
+    """
+    from pytest_ranks.hardware.requirements import PackageNeed, unmet
+    from pytest_ranks.launch.functions import Launcher
+
+    reason = unmet(PackageNeed(name="torch"))
+    if reason is not None:
+        pytest.skip(reason)
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture

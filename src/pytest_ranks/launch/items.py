@@ -91,7 +91,13 @@ class RankItems:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self) -> Generator[None, object, object]:
         """After the last item run the teardowns that ranks still owe."""
-        result = yield
+        try:
+            result = yield
+        except KeyboardInterrupt:
+            raise  # whoever pressed Ctrl-C does not want to wait
+        except BaseException:
+            self._tear_down_idle()
+            raise
         self._tear_down_idle()
         return result
 
@@ -162,6 +168,8 @@ class RankItems:
             seconds=seconds + BEHIND_DEADLINE,
         )
 
+        following, hold = (None, False) if spec.isolate else self._next_of(item, key)
+
         def request(rank: int) -> RunItem:
             world = World(
                 rank=rank,
@@ -175,7 +183,8 @@ class RankItems:
             return RunItem(
                 world=world,
                 node_id=item.nodeid,
-                next_node_id=self._next_of(item, key, isolate=spec.isolate),
+                next_node_id=following,
+                hold=hold,
                 base_temp=str(folder / f"{pool.home_port}" / f"rank{rank}"),
             )
 
@@ -190,18 +199,20 @@ class RankItems:
             self._link.close_store(port)
         return runs
 
-    def _next_of(self, item: pytest.Item, key: PoolKey, *, isolate: bool) -> str | None:
-        """Return the node id that this item's pool will run next, None for nothing."""
-        if key.scope is None or isolate:
-            return None
+    def _next_of(self, item: pytest.Item, key: PoolKey) -> tuple[str | None, bool]:
+        """Return what this item's pool runs next, and whether to keep fixtures not knowing that.
+
+        An xdist worker learns its items one by one: it keeps wide fixtures while its own next
+        item is in their scope, and ranks end what an item does not share before they run it.
+        """
+        if key.scope is None:
+            return None, False
         if hasattr(self._config, "workerinput"):
-            # an xdist worker learns its items one ahead
-            following = self._next.nodeid if self._next is not None else ""
-            position = self._index.get(following)
-            same = position is not None and self._order[position][1] == key
-            return following if same else None
+            following = self._next.nodeid if self._next is not None else None
+            inside = following is not None and following.startswith(key.scope)
+            return None, inside
         start = self._index[item.nodeid] + 1
-        return next((name for name, other in self._order[start:] if other == key), None)
+        return next((name for name, other in self._order[start:] if other == key), None), False
 
     def _settle(
         self,

@@ -105,7 +105,9 @@ class RankSession:
         item = self._items.get(request.node_id)
         if item is None:
             return Finished(missing=self._why_missing(request.node_id))
-        following = self._items.get(request.next_node_id or "")
+        following: Any = self._items.get(request.next_node_id or "")
+        if request.hold:
+            following = _Sibling(item)
         _compat.set_base_temp(self._config, Path(request.base_temp))
         self._phases, self._warnings, self._fail = [], [], fail
         errors = self._leave_scopes_of_others(item)
@@ -186,6 +188,20 @@ class RankSession:
                 location=location,
             )
         )
+
+
+class _Sibling:
+    """Stands for an unknown next item beside this one: everything above the item stays."""
+
+    def __init__(self, item: pytest.Item) -> None:
+        self._item = item
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._item, name)
+
+    def listchain(self) -> list[Any]:
+        """Return the nodes above the item."""
+        return self._item.listchain()[:-1]
 
 
 def serve(session: pytest.Session, channel: Channel, controller: int) -> NoReturn:

@@ -274,11 +274,20 @@ class RunFunction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunItem:
-    """Run one test item on the rank; `next_node_id` is what this pool runs after it."""
+    """Run one test item on the rank.
+
+    Attributes:
+        world: the rank's place.
+        node_id: of the item.
+        next_node_id: what this pool runs after it, None for nothing: all fixtures end.
+        hold: keep the wide fixtures, since what this pool runs next is not known.
+        base_temp: folder of this rank's temporary folders.
+    """
 
     world: World
     node_id: str
     next_node_id: str | None
+    hold: bool
     base_temp: str
 
 

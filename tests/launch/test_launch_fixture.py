@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout
+
+pytest.importorskip("torch")
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+print("rank", dist.get_rank(), "total", int(total), "says", sys.argv[1])
+"""
+FAIL = """
+import os
+if os.environ["RANK"] == "1":
+    raise SystemExit("rank 1 gives up")
+"""
+HANG = """
+sleep 1000 & echo $$ $! > $1/$RANK.part
+mv $1/$RANK.part $1/$RANK.pids
+sleep 1001
+"""
+
+
+def rank_and_argument(argument):
+    import torch.distributed as dist
+
+    return dist.get_rank(), dist.get_world_size(), argument
+
+
+def test_a_function_returns_its_results_by_rank(launch):
+    assert launch(rank_and_argument, world_size=3, args=("x",)) == [(r, 3, "x") for r in range(3)]
+
+
+def test_a_failure_names_the_rank(launch):
+    def fail():
+        import torch.distributed as dist
+
+        assert dist.get_rank() != 1, "not on rank 1"
+
+    with pytest.raises(RankFailure, match=re.escape("rank 1 of 2 failed first: AssertionError")):
+        launch(fail)
+
+
+def test_a_script_runs_under_torchrun(launch, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = launch.script([script, "hello"], world_size=2, timeout=60)
+    assert result.returncode == 0
+    assert sorted(result.stdout.splitlines()) == [f"rank {r} total 2 says hello" for r in (0, 1)]
+
+
+def test_a_failing_script_raises_unless_told_otherwise(launch, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FAIL)
+    with pytest.raises(RankFailure) as caught:
+        launch.script([script], timeout=60)
+    assert str(caught.value).startswith("the script failed with exit code 1: -m torch.distributed")
+    assert "rank 1 gives up" in str(caught.value)
+    result = launch.script([script], timeout=60, check=False)
+    assert result.returncode == 1
+    assert "rank 1 gives up" in result.stderr
+
+
+def test_a_script_at_its_deadline_is_ended_with_its_whole_tree(launch, tmp_path):
+    script = tmp_path / "hang.sh"
+    script.write_text(HANG)
+    with pytest.raises(RankTimeout, match=r"the script was still running after 10 s and was ended"):
+        launch.script(["--no-python", "sh", script, tmp_path], timeout=10)
+    pids = [int(pid) for file in tmp_path.glob("*.pids") for pid in file.read_text().split()]
+    assert len(pids) == 4, "the ranks did not start before the deadline"
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"command": "train.py"},
+            "command='train.py': expected a list of the script and its arguments, such as "
+            "['train.py', '--steps', '3'].",
+        ),
+        ({"world_size": 0}, "world_size=0: expected a whole number of at least 1."),
+        ({"timeout": 0}, "timeout=0: expected a number of seconds above 0."),
+    ],
+)
+def test_bad_arguments_get_one_sentence(launch, arguments, text):
+    with pytest.raises(BadInputError) as caught:
+        launch.script(**{"command": ["x.py"], **arguments})
+    assert str(caught.value) == text
+
+
+def is_zombie(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
