@@ -11,7 +11,8 @@ import pytest
 
 from pytest_ranks import _compat
 from pytest_ranks.conformance.findings import CheckResult
-from pytest_ranks.conformance.runner import Session, plan_for, run_check
+from pytest_ranks.conformance.plan import plan_for
+from pytest_ranks.conformance.runner import Session, run_check
 from pytest_ranks.conformance.subject import find_subject, inspect_subject
 from pytest_ranks.errors import BadInputError
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.conformance.check import Check, Setting, select, valid_expectations
+from pytest_ranks.conformance.check import Check, Setting
 from pytest_ranks.conformance.findings import (
     AdapterError,
     CheckResult,
@@ -26,6 +26,7 @@ from pytest_ranks.conformance.findings import (
 )
 from pytest_ranks.conformance.job import Job, Optimizer
 from pytest_ranks.conformance.materials import Materials, locked
+from pytest_ranks.conformance.plan import plan_for
 from pytest_ranks.conformance.subject import find_subject, inspect_subject
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout
 
@@ -309,40 +310,6 @@ def _gate(bench: Bench) -> None:
         raise AdapterError(f"not run, since subject.honours_job[{bench.setting}] failed: {verdict}")
     if verdict is not None:
         raise verdict
-
-
-def plan_for(
-    capabilities: Capabilities,
-    names: Iterable[str] | None,
-    expected_failures: Mapping[str, str] | None = None,
-) -> list[tuple[Check, Setting | None, str | None]]:
-    """Return what will be judged: each selected check in each of its settings, with its expected failure.
-
-    A check that is not applicable is there once, without a setting.
-
-    Raises:
-        BadInputError: for a suite, check or expected failure that does not exist.
-    """
-    wanted = list(names) if names is not None else None
-    settings = {name.partition("[")[2].rstrip("]") for name in wanted or () if "[" in name}
-    expected = dict(expected_failures or {})
-    valid_expectations(expected)
-    planned: list[tuple[Check, Setting | None, str | None]] = []
-    for check in select(None if wanted is None else [name.partition("[")[0] for name in wanted]):
-        if check.unmet(capabilities):
-            planned.append((check, None, None))
-            continue
-        for setting in check.settings(capabilities):
-            if settings and str(setting) not in settings:
-                continue
-            reason = expected.get(f"{check.id}[{setting}]", expected.get(check.id))
-            planned.append((check, setting, reason))
-    if wanted and not planned:
-        raise BadInputError(
-            f"nothing to run: {', '.join(wanted)} has no setting among the subject's strategies "
-            f"{sorted(capabilities.strategies)} and world sizes {sorted(capabilities.world_sizes)}"
-        )
-    return planned
 
 
 def check_trainer(

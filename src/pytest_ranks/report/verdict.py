@@ -195,34 +195,36 @@ def reasons(records: list[Record]) -> list[tuple[str, Markup]]:
 def _folded(names: list[str]) -> str:
     """Return many check ids in short: by suite, with how many."""
     by_suite = Counter(name.partition(".")[0] for name in names)
-    return ", ".join(
-        f"{suite} ({count} check{'s' if count > 1 else ''})" for suite, count in by_suite.items()
-    )
+    return ", ".join(f"{suite} ({_counted(count, 'check')})" for suite, count in by_suite.items())
 
 
 def conclusion(records: list[Record]) -> tuple[str, Markup]:
     """Return the last line: what was verified of what was asked."""
     claims = {record["check"] for record in records}
-    verified = {record["check"] for record in records if record["outcome"] == "passed"}
-    broken = {
+    verified = claims - {record["check"] for record in records if record["outcome"] != "passed"}
+    settings = {record["setting"] for record in records if record["outcome"] in JUDGED}
+    said = f"verified {len(verified)} of {_counted(len(claims), 'claim')} in {_counted(len(settings), 'setting')}"
+    failed = {
+        record["check"] for record in records if record["outcome"] in ("failed", "unexpected pass")
+    }
+    unclear = {
         record["check"]
         for record in records
-        if record["outcome"] not in ("passed", "not applicable")
+        if record["outcome"] in ("adapter error", "inconclusive")
     }
-    settings = {record["setting"] for record in records if record["outcome"] in JUDGED}
-    failed = [record for record in records if record["outcome"] in ("failed", "unexpected pass")]
-    unclear = [
-        record for record in records if record["outcome"] in ("adapter error", "inconclusive")
-    ]
-    said = f"verified {len(verified - broken)} of {len(claims)} claims in {len(settings)} settings"
     if failed:
-        return f"FAILED: {len({r['check'] for r in failed})} claims do not hold; {said}", {
+        hold = "does not hold" if len(failed) == 1 else "do not hold"
+        return f"FAILED: {_counted(len(failed), 'claim')} {hold}; {said}", {
             "red": True,
             "bold": True,
         }
     if unclear:
-        return f"NO VERDICT on {len({r['check'] for r in unclear})} claims; {said}", {
+        return f"NO VERDICT on {_counted(len(unclear), 'claim')}; {said}", {
             "red": True,
             "bold": True,
         }
     return f"PASSED: {said}", {"green": True, "bold": True}
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
