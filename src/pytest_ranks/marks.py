@@ -294,7 +294,13 @@ def _ranks_need(spec: RankSpec) -> Need:
 def hardware(config: pytest.Config) -> Hardware:
     """Return what this machine has, looked at once a session and only when asked."""
     if HARDWARE_KEY not in config.stash:
-        config.stash[HARDWARE_KEY] = config.hook.pytest_ranks_hardware(config=config)
+        from pytest_ranks.hardware.found import Hardware
+
+        found = config.hook.pytest_ranks_hardware(config=config)
+        if not isinstance(found, Hardware):
+            text = f"pytest_ranks_hardware: found {found!r}, expected what probe() returns"
+            pytest.fail(text, pytrace=False)
+        config.stash[HARDWARE_KEY] = found
     return config.stash[HARDWARE_KEY]
 
 

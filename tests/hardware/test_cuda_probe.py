@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import select
+
 import pytest
 
 from pytest_ranks.hardware import machine as machine_module
@@ -7,6 +10,18 @@ from pytest_ranks.hardware.found import Device, State
 
 L4 = "{0}, GPU-{0}aaa-bbb, 23034, 570.86.15, NVIDIA L4, 8.9"
 TWO_L4 = f"{L4.format(0)}\n{L4.format(1)}"
+
+
+def has_ended(number: int) -> bool:
+    """Return whether a process is gone, or goes within the time that a kill may take."""
+    try:
+        descriptor = os.pidfd_open(number)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], 10)[0])
+    finally:
+        os.close(descriptor)
 
 
 def test_nvidia_smi_lists_the_devices(machine) -> None:
@@ -103,8 +118,10 @@ def test_a_tool_that_fails_says_so(machine) -> None:
 def test_a_tool_that_hangs_is_given_up_with_its_children(machine, monkeypatch) -> None:
     monkeypatch.setattr(machine_module, "PROGRAM_SECONDS", 0.2)
     # The shell waits for a child that holds the pipe: killing the shell alone would not be enough.
-    machine.program("/usr/bin/nvidia-smi", "sleep 600 & wait")
+    number = machine.root / "child"
+    machine.program("/usr/bin/nvidia-smi", f"sleep 600 & echo $! >'{number}'; wait")
     assert machine.look().cuda.how.endswith("nvidia-smi: no answer in 0.2 s")
+    assert has_ended(int(number.read_text()))
 
 
 def test_a_tool_that_is_not_executable_is_absent(machine) -> None:

@@ -50,6 +50,9 @@ def test_too_little_memory_or_too_old_an_architecture(mixed) -> None:
     assert mixed(gpus(2, memory=40 * GIB)) == (
         f"needs 2 GPUs with memory >= 40GiB, found 1 of 2 ({listed})"
     )
+    assert mixed(gpus(2, capability=(9, 0))) == (
+        f"needs 2 GPUs with capability >= 9.0, found 1 of 2 ({listed})"
+    )
     assert mixed(gpus(1, memory=100 * GIB, capability=(10, 0))) == (
         f"needs 1 GPU with memory >= 100GiB and capability >= 10.0, found 0 of 2 ({listed})"
     )
@@ -194,6 +197,17 @@ def test_required_kinds_have_a_least_count() -> None:
         Required(kind="multi_gpu", count=2),
         Required(kind="trainium", count=16),
         Required(kind="ranks", count=4),
+    )
+
+
+def test_a_nightly_build_is_a_version_like_others(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "nightly_package-3.0.dev1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: x\nVersion: 3.0.dev1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert unmet(parse_package("nightly-package>=2")) is None
+    assert unmet(parse_package("nightly-package>=3")) == (
+        "needs nightly-package>=3, found 3.0.dev1"
     )
 
 

@@ -27,6 +27,7 @@ def test_render_nodes_with_the_driver_are_usable(machine) -> None:
 
 def test_a_display_adapter_without_the_driver_is_not_usable(machine) -> None:
     add_render_node(machine, 128)
+    machine.file("/usr/lib/x86_64-linux-gnu/libze_loader.so.1")
     xpu = machine.look().xpu
     assert (xpu.state, xpu.count, xpu.present) == (State.WITHOUT_SOFTWARE, 0, 1)
 

@@ -209,6 +209,31 @@ def test_the_machine_is_looked_at_once_and_only_for_a_test_that_runs(pytester) -
     assert "the probes look" not in pytester.runpytest("-s", "--collect-only").stdout.str()
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('no idea')", "E   RuntimeError: no idea"),
+        ("return 3", "pytest_ranks_hardware: found 3, expected what probe() returns"),
+    ],
+)
+def test_a_projects_own_probe_that_fails_fails_the_test(pytester, body, message) -> None:
+    pytester.makeconftest(f"def pytest_ranks_hardware(config):\n    {body}")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.gpu
+        def test_it(): pass
+
+        def test_plain(): pass
+        """
+    )
+    result = pytester.runpytest("--ranks-require=gpu")
+    result.assert_outcomes(errors=1, passed=1)
+    assert "INTERNALERROR" not in result.stdout.str()
+    assert message in [line.replace("E       ", "E   ") for line in result.outlines]
+
+
 def test_a_projects_own_hardware_marks_are_left_alone(pytester) -> None:
     pytester.makeini(
         """

@@ -28,8 +28,9 @@ def test_the_order_is_command_line_environment_ini_default(run, pytester, monkey
     run("--ranks-timeout=1").stdout.fnmatch_lines(["*value 1.0 source --ranks-timeout"])
 
 
-def test_an_empty_variable_counts_as_unset(run, monkeypatch) -> None:
-    monkeypatch.setenv("RANKS_TIMEOUT", "")
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_variable_counts_as_unset(run, monkeypatch, text: str) -> None:
+    monkeypatch.setenv("RANKS_TIMEOUT", text)
     run().stdout.fnmatch_lines(["*value 60.0 source default"])
 
 

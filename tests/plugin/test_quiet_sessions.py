@@ -27,11 +27,14 @@ AT_MOST = {
     "pytest_ranks.errors",
     "pytest_ranks.fixtures",
     "pytest_ranks.hookspecs",
+    "pytest_ranks.launch",
+    "pytest_ranks.launch.scan",
     "pytest_ranks.marks",
     "pytest_ranks.options",
     "pytest_ranks.plugin",
     "pytest_ranks.report",
     "pytest_ranks.report.terminal",
+    "pytest_ranks.report.verdict",
 }
 LIST_MODULES_AT_THE_END = """
 import sys

@@ -243,6 +243,18 @@ class TestUnderXdist:
             "--ranks-require: gpu:1 is not met: no gpu test was selected",
         )
 
+    def test_what_workers_selected_and_did_not_run(self, pytester) -> None:
+        conftest = """
+        def pytest_runtest_protocol(item):
+            return True if item.name == "test_swallowed" else None
+        """
+        pytester.makeconftest(conftest)
+        pytester.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_swallowed(): pass")
+        assert_gate(
+            pytester.runpytest("-n1", "--ranks-require=gpu"),
+            "--ranks-require: gpu:1 is not met: 1 gpu test was selected, none ran: not started",
+        )
+
     def test_a_worker_that_dies_with_its_test_did_not_run_it(self, pytester, with_gpus) -> None:
         with_gpus(1)
         pytester.makepyfile(

@@ -131,13 +131,11 @@ class NeedsReporter:
                 terminalreporter.line(line, red=True)
             self.unmet = []
 
-    def pytest_unconfigure(self, config: pytest.Config) -> None:
+    def pytest_unconfigure(self) -> None:
         """Say on stderr why the session failed, where no terminal summary did."""
         if not self.unmet:
             return
-        capture = config.pluginmanager.getplugin("capturemanager")
-        if capture is not None:
-            capture.suspend_global_capture(in_=True)
+        # What is still captured here pytest hands on when it ends.
         print(f"{GATE_TITLE}:", *self._gate_lines(), sep="\n", file=sys.stderr)
 
 
