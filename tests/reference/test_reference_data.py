@@ -126,6 +126,14 @@ def test_loader_follows_the_sampler_epoch(samples):
     assert first_ids() != epoch_0
 
 
+def test_loading_processes_give_the_same_batches(samples):
+    def batches(workers):
+        loader = data_loader(samples, global_batch=4, max_tokens_per_rank=40, workers=workers)
+        return [batch.input_ids.tolist() for step in loader for batch in step]
+
+    assert batches(workers=1) == batches(workers=0)
+
+
 def test_loader_refuses_an_empty_set():
     with pytest.raises(BadInputError, match="no samples to load"):
         data_loader([], global_batch=1, max_tokens_per_rank=8)

@@ -56,6 +56,8 @@ def train_all(jobs, samples, eval_samples=None):
         history = trainer.train()
         for record in history:
             del record["seconds"]
+        sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
+        assert all(sharded) if fields.get("strategy") == "fsdp2" else not any(sharded)
         parameters = {n: full_on_cpu(p.detach()) for n, p in trainer.model.named_parameters()}
         results.append((parameters, history, trainer.drawn))
     return results
@@ -217,6 +219,8 @@ def test_evaluation_is_the_same_on_every_world(host, make_model, samples):
     for rank in ranks:
         found = [record["eval_loss"] for record in rank[0][1]]
         assert found == pytest.approx(expected, rel=1e-6)
+        for name, parameter in alone[0][0].items():
+            torch.testing.assert_close(rank[0][0][name], parameter)
 
 
 def export_after_training(model, samples, folder):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -171,3 +171,10 @@ def gradient_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[No
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the full parameters that a forward without a backward leaves in FSDP2's root."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

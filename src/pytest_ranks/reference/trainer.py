@@ -336,6 +336,7 @@ class Trainer(BatchSteps):
             tokens += self.count(batches)
             for batch in batches:
                 total += loss.shifted_cross_entropy_sum(self.forward(batch), batch.labels)
+        parallel.reshard(self.model)
         self.set_train_mode()
         return self.mean_loss(total, tokens) if tokens else 0.0
 
