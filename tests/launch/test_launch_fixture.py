@@ -14,7 +14,8 @@ import sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
-print("rank", dist.get_rank(), "total", int(total), "says", sys.argv[1])
+sys.stdout.write(f"rank {dist.get_rank()} total {int(total)} says {sys.argv[1]}\\n")
+dist.destroy_process_group()
 """
 FAIL = """
 import os
