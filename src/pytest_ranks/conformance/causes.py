@@ -1,18 +1,20 @@
 """The table of hypotheses: each known wrong formula with its exact prediction of every token's weight.
 
-A weight is given times N, the number of loss-counted tokens of the global batch, so that the right answer is 1. Letters:
-n_rm counted tokens of micro-batch m on rank r, n_r of rank r, A micro-batches a rank, R ranks.
+A weight is given times N, the number of loss-counted tokens of the global batch, so that the right
+answer is 1. Letters: n_rm counted tokens of micro-batch m on rank r, n_r of rank r, A micro-batches
+a rank, R ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_ranks.conformance.findings import Hypothesis
-from pytest_ranks.conformance.reading import PRESENT, Reading, counts_by_sample
-from pytest_ranks.models.corpora import EOS_ID, IGNORE
+from pytest_ranks.conformance.reading import Reading, counts_by_sample
+from pytest_ranks.models.corpora import IGNORE
 
 if TYPE_CHECKING:
     from pytest_ranks.conformance.reading import MicroBatch
@@ -26,18 +28,56 @@ L3 = "https://github.com/huggingface/transformers/issues/40052"
 L8 = "https://github.com/verl-project/verl/pull/3332"
 S1 = "https://github.com/meta-pytorch/torchtune/pull/2172"
 S2 = "https://github.com/PrimeIntellect-ai/prime-rl/pull/2562"
+PICOTRON = "https://github.com/huggingface/picotron/pull/5"
 S3 = "https://github.com/huggingface/transformers/issues/39648"
 
 
-def weight_hypotheses(reading: Reading) -> list[Hypothesis]:
-    """Return every known formula with how far its prediction is from the weights that were read."""
-    found = reading.scaled()
-    size = sum(value * value for value in found.values()) ** 0.5 or 1.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a known wrong formula gives.
+
+    Attributes:
+        formula: its name, the same in every layout.
+        cause: what the finding says.
+        reference: a public issue of the same bug, or empty.
+        weights: weight x N of each pair.
+    """
+
+    formula: str
+    cause: str
+    reference: str
+    weights: dict[Pair, float]
+
+
+def weight_hypotheses(readings: Sequence[Reading]) -> list[Hypothesis]:
+    """Return every known formula with how far it is, at worst, from the weights that were read.
+
+    One layout does not tell formulas apart that differ in gradient accumulation, so a formula must explain all of them. One
+    that has no say in a layout (a division by 1) predicts the right weights there.
+
+    Args:
+        readings: the ledger of the same global batch in one or several layouts.
+    """
+    tables = [{entry.formula: entry for entry in predictions(reading)} for reading in readings]
+    names = dict.fromkeys(name for table in tables for name in table)
     hypotheses = []
-    for cause, reference, predicted in predictions(reading):
-        missed = sum((found[pair] - predicted.get(pair, 0.0)) ** 2 for pair in found) ** 0.5
-        hypotheses.append(Hypothesis(cause=cause, error=missed / size, reference=reference))
+    for name in names:
+        known = [table[name] for table in tables if name in table]
+        error = max(
+            _missed(reading, table[name].weights if name in table else None)
+            for reading, table in zip(readings, tables, strict=True)
+        )
+        last = known[-1]  # the layout with most accumulation: its numbers say most
+        hypotheses.append(Hypothesis(cause=last.cause, error=error, reference=last.reference))
     return hypotheses
+
+
+def _missed(reading: Reading, predicted: dict[Pair, float] | None) -> float:
+    found = reading.scaled()
+    right = {pair: float(times) for pair, times in reading.wanted.items()}
+    weights = right if predicted is None else predicted
+    size = sum(value * value for value in found.values()) ** 0.5 or 1.0
+    return float(sum((found[p] - weights.get(p, 0.0)) ** 2 for p in found) ** 0.5 / size)
 
 
 def expected_weights(reading: Reading, weighting: str) -> dict[Pair, float] | None:
@@ -84,12 +124,12 @@ def _by_batch(reading: Reading, formula: Formula) -> dict[Pair, float]:
     return {pair: float(weight[_sample(reading, pair)]) for pair in reading.wanted}
 
 
-def predictions(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
-    """Return every known formula: its cause, a public issue, and weight x N of each pair."""
+def predictions(reading: Reading) -> list[Prediction]:
+    """Return every known formula; where two predict the same, the more specific one comes first."""
     return [*_uniform(reading), *_per_batch(reading)]
 
 
-def _uniform(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
+def _uniform(reading: Reading) -> list[Prediction]:
     """Return the formulas that scale every token alike."""
     job, total = reading.run.job, reading.count
     ranks, steps = job.world_size, job.gradient_accumulation_steps
@@ -99,6 +139,7 @@ def _uniform(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
     fed = sum(batch.tokens for batch in reading.batches)
     table = [
         (
+            "sum / R",
             f"gradients are averaged over the {ranks} ranks and the loss is not multiplied by world_size: "
             f"every weight is 1/{ranks} of the oracle's",
             S1,
@@ -106,24 +147,28 @@ def _uniform(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
             ranks > 1,
         ),
         (
-            f"the loss is multiplied by world_size ({ranks}) once too often",
+            "x R",
+            f"the loss is multiplied by world_size ({ranks}) once too often, or the token count is averaged over ranks",
             S3,
             float(ranks),
             ranks > 1,
         ),
         (
+            "/ A",
             f"the loss is divided by gradient_accumulation_steps ({steps}) once too often",
             L3,
             1 / steps,
             steps > 1,
         ),
         (
+            "x A",
             f"loss and gradients are multiplied by gradient_accumulation_steps ({steps})",
             L2,
             float(steps),
             steps > 1,
         ),
         (
+            "unshifted count",
             f"the denominator counts {unshifted - total} first tokens that the causal shift drops: "
             f"{unshifted} in place of {total}",
             "",
@@ -131,30 +176,55 @@ def _uniform(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
             unshifted != total,
         ),
         (
+            "count of all tokens",
             f"the denominator counts all {tokens} tokens, prompts included, in place of {total}",
             "",
             total / tokens,
             True,
         ),
         (
+            "count of all positions",
             f"the denominator counts all {fed} positions fed, padding included",
             "",
             total / fed if fed else 0.0,
             fed > 0,
         ),
-        ("the loss is a sum: it is not divided by the number of tokens", L8, float(total), True),
-        (f"the loss is a sum, averaged over the {ranks} ranks", L8, total / ranks, ranks > 1),
-        ("nothing was trained: every weight is 0", "", 0.0, True),
+        (
+            "sum",
+            "the loss is a sum: it is not divided by the number of tokens",
+            L8,
+            float(total),
+            True,
+        ),
+        (
+            "sum, mean over ranks",
+            f"the loss is a sum, averaged over the {ranks} ranks",
+            L8,
+            total / ranks,
+            ranks > 1,
+        ),
+        *(
+            (
+                f"loss scale {power}",
+                f"gradients are {word} the loss scale of {2**power} that mixed precision in float16 uses",
+                "https://github.com/deepspeedai/DeepSpeed/pull/7839",
+                2.0 ** (power * sign),
+                True,
+            )
+            for power in range(10, 17)
+            for sign, word in ((-1, "divided by"), (1, "still multiplied by"))
+        ),
+        ("nothing", "nothing was trained: every weight is 0", "", 0.0, True),
     ]
     pairs = reading.wanted
     return [
-        (cause, link, dict.fromkeys(pairs, factor))
-        for cause, link, factor, applies in table
+        Prediction(formula=name, cause=cause, reference=link, weights=dict.fromkeys(pairs, factor))
+        for name, cause, link, factor, applies in table
         if applies
     ]
 
 
-def _per_batch(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
+def _per_batch(reading: Reading) -> list[Prediction]:
     """Return the formulas whose weights depend on which rank and micro-batch a token was in."""
     batches = reading.batches
     if not batches:
@@ -172,51 +242,74 @@ def _per_batch(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
     def inside(batch: MicroBatch) -> int:
         return max(sum(counts[sample] for sample in batch.samples), 1)
 
-    table: list[tuple[str, str, Formula, bool]] = [
+    several = len(batches) > 1
+    table: list[tuple[str, str, str, Formula, bool]] = [
         (
+            "mean of means",
             "the loss is the mean of micro-batch means: each micro-batch is divided by its own token count, "
             "then averaged over micro-batches and ranks",
             L1,
             mean_of_means,
-            len(batches) > 1,
+            several,
         ),
         (
+            "sum of means",
             "each micro-batch's mean is added up over gradient accumulation without dividing",
             L2,
             lambda batch, _: total / (inside(batch) * ranks),
-            last > 0,
+            several,
         ),
         (
+            "own count",
+            "each micro-batch is divided by its own token count in place of the global batch's",
+            L1,
+            lambda batch, _: total / inside(batch),
+            several,
+        ),
+        (
+            "mean / N",
+            "each micro-batch's loss is a mean already, and is divided by the global token count once more",
+            "",
+            lambda batch, _: 1 / inside(batch),
+            True,
+        ),
+        (
+            "mean of means / A",
             "the mean of micro-batch means is divided by gradient_accumulation_steps once more",
             L3,
             lambda batch, sample: mean_of_means(batch, sample) / forwards[batch.rank],
-            last > 0,
+            several,
         ),
         (
+            "rank's count",
             "each rank divides by its own token count: the count is not summed over ranks",
             S2,
             lambda batch, _: total / (max(per_rank[batch.rank], 1) * ranks),
             ranks > 1,
         ),
         (
+            "rank's count, sum over ranks",
             "each rank divides by its own token count, and gradients are added over ranks",
             S2,
             lambda batch, _: total / max(per_rank[batch.rank], 1),
             ranks > 1,
         ),
         (
+            "sequences",
             "each sample weighs the same, whatever its length (mean over sequences)",
             "",
             lambda _, sample: total / (max(counts[sample], 1) * trained),
             True,
         ),
         (
+            "last only",
             "only the last micro-batch of each rank was trained: the gradients of the others are lost",
             "",
             lambda batch, _: float(batch.index == forwards[batch.rank] - 1),
             last > 0,
         ),
         (
+            "first only",
             "only the first micro-batch of each rank was trained",
             "",
             lambda batch, _: float(batch.index == 0),
@@ -224,8 +317,9 @@ def _per_batch(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
         ),
         *(
             (
+                f"rank {rank} x {factor}",
                 f"only rank {rank}'s gradients were applied: gradients are not reduced over ranks",
-                "https://github.com/huggingface/picotron/pull/5",
+                PICOTRON,
                 _only_rank(rank, factor),
                 ranks > 1,
             )
@@ -233,143 +327,26 @@ def _per_batch(reading: Reading) -> list[tuple[str, str, dict[Pair, float]]]:
             for factor in (1.0, float(ranks))
         ),
         (
+            "last reduced",
             "gradients before the last micro-batch are not reduced: each rank keeps its own",
-            "https://github.com/huggingface/picotron/pull/5",
-            lambda batch, _: (
-                1.0 if batch.index == last else (float(ranks) if batch.rank == 0 else 0.0)
-            ),
+            PICOTRON,
+            lambda batch, _: 1.0 if batch.index == last else float(ranks * (batch.rank == 0)),
+            ranks > 1 and last > 0,
+        ),
+        (
+            "first reduced",
+            "gradients after the first micro-batch are not reduced: each rank keeps its own",
+            PICOTRON,
+            lambda batch, _: 1.0 if batch.index == 0 else float(ranks * (batch.rank == 0)),
             ranks > 1 and last > 0,
         ),
     ]
     return [
-        (cause, link, _by_batch(reading, formula))
-        for cause, link, formula, applies in table
+        Prediction(formula=name, cause=cause, reference=link, weights=_by_batch(reading, formula))
+        for name, cause, link, formula, applies in table
         if applies
     ]
 
 
 def _only_rank(rank: int, factor: float) -> Formula:
     return lambda batch, _: factor if batch.rank == rank else 0.0
-
-
-def explain_positions(reading: Reading, missing: list[Pair], extra: list[Pair]) -> tuple[str, str]:
-    """Return the likely cause of pairs that were not trained though they must be, or were though they must not."""
-    for test in (_shifted, _unshifted, _boundaries, _padding, _end_token, _prompts, _whole_samples):
-        cause = test(reading, missing, extra)
-        if cause:
-            return cause
-    return "none of the known causes matches", ""
-
-
-def _shifted(reading: Reading, missing: list[Pair], extra: list[Pair]) -> tuple[str, str] | None:
-    places = reading.corpus.positions()
-    by_place = {(place.sample, place.offset): token for token, place in places.items()}
-    jumps = 0
-    for token, target in extra:
-        place = places.get(token)
-        sample = reading.corpus.samples[place.sample]["input_ids"] if place else []
-        jumps += (
-            place is not None
-            and place.offset + 2 < len(sample)
-            and sample[place.offset + 2] == target
-        )
-    if extra and missing and jumps >= 0.8 * len(extra) and by_place:
-        return (
-            "targets are shifted twice: each token is trained on the token after the next",
-            "https://github.com/huggingface/transformers/issues/47394",
-        )
-    return None
-
-
-def _unshifted(_: Reading, missing: list[Pair], extra: list[Pair]) -> tuple[str, str] | None:
-    if extra and missing and sum(token == target for token, target in extra) >= 0.8 * len(extra):
-        return "targets are not shifted: each token is trained to predict itself", ""
-    return None
-
-
-def _boundaries(reading: Reading, missing: list[Pair], extra: list[Pair]) -> tuple[str, str] | None:
-    places = reading.corpus.positions()
-    starts = {token for token, place in places.items() if place.offset == 0}
-    if (
-        extra
-        and not missing
-        and all(token == EOS_ID and target in starts for token, target in extra)
-    ):
-        return (
-            "boundary targets: the last token of a document is trained on the first token of the next one in its row",
-            "https://github.com/OpenRLHF/OpenRLHF/pull/781",
-        )
-    return None
-
-
-def _padding(reading: Reading, missing: list[Pair], extra: list[Pair]) -> tuple[str, str] | None:
-    pad = reading.run.job.pad_token_id
-    if extra and not missing and all(target == pad for _, target in extra):
-        return (
-            "padding positions are in the loss",
-            "https://github.com/axolotl-ai-cloud/axolotl/pull/2227",
-        )
-    return None
-
-
-def _end_token(reading: Reading, missing: list[Pair], extra: list[Pair]) -> tuple[str, str] | None:
-    ends = [pair for pair in reading.wanted if pair[1] == EOS_ID]
-    if missing and not extra and sorted(missing) == sorted(ends):
-        return (
-            "the end-of-sequence token is masked because it is also the padding id: mask padding by length, not by id",
-            "https://github.com/huggingface/transformers/issues/23530",
-        )
-    return None
-
-
-def _prompts(reading: Reading, missing: list[Pair], extra: list[Pair]) -> tuple[str, str] | None:
-    places = reading.corpus.positions()
-
-    def in_prompt(pair: Pair) -> bool:
-        place = places.get(pair[0])
-        if place is None:
-            return False
-        labels = reading.corpus.samples[place.sample]["labels"]
-        return place.offset + 1 < len(labels) and labels[place.offset + 1] == IGNORE
-
-    if extra and not missing and all(in_prompt(pair) for pair in extra):
-        return (
-            "prompt tokens are in the loss: labels of -100 are replaced by the ids",
-            "https://github.com/MervinPraison/PraisonAI/pull/4358",
-        )
-    return None
-
-
-def _whole_samples(
-    reading: Reading, missing: list[Pair], extra: list[Pair]
-) -> tuple[str, str] | None:
-    if extra or not missing:
-        return None
-    lost = {reading.sample_of(pair) for pair in missing}
-    whole = [pair for pair in reading.wanted if reading.sample_of(pair) in lost]
-    if len(whole) != len(missing):
-        return None
-    last = [
-        batch for batch in reading.batches if batch.index == max(b.index for b in reading.batches)
-    ]
-    kept = {sample for batch in last for sample in batch.samples}
-    names = ", ".join(
-        str(sample) for sample in sorted(sample for sample in lost if sample is not None)
-    )
-    fed = {sample for batch in reading.batches for sample in batch.samples}
-    if lost <= fed and kept and not (lost & kept):
-        return (
-            f"missing micro-batches: samples {names} went through the model, but only the last micro-batch was trained",
-            "",
-        )
-    if lost <= fed:
-        return (
-            f"samples {names} went through the model, but their gradients are missing from the update",
-            "",
-        )
-    return f"samples {names} never went through the model: they were dropped", ""
-
-
-def present(value: float) -> bool:
-    """Tell whether a weight x N is training at all."""
-    return abs(value) > PRESENT

@@ -90,8 +90,9 @@ class Check:
         if missing:
             return f"the subject does not declare {missing[0]}"
         if not self.settings(capabilities):
+            kinds = f"{' or '.join(self.strategies)} on " if len(self.strategies) < 3 else ""
             sizes = " or ".join(map(str, self.worlds))
-            return f"it needs {' or '.join(self.strategies)} on {sizes} ranks, which the subject does not declare"
+            return f"it needs {kinds}{sizes} ranks, which the subject does not declare"
         return ""
 
 

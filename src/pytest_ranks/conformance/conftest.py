@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SUBJECT = "pytest_ranks.subjects.reference:ReferenceTrainer"
 
-_BOUND_KEY = pytest.StashKey["list[BoundCheck]"]()
+_BOUND_KEY = pytest.StashKey[list["BoundCheck"]]()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

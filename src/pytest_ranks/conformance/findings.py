@@ -29,7 +29,8 @@ def diagnose(hypotheses: list[Hypothesis]) -> tuple[str, str]:
     ranked = sorted(hypotheses, key=lambda entry: entry.error)
     if not ranked:
         return "", ""
-    best = ranked[0]
+    # Formulas that agree here stand in the table with the more specific one first.
+    best = next((entry for entry in hypotheses if entry.error <= MATCH), ranked[0])
     if best.error > MATCH:
         return (
             f"none of {len(ranked)} known causes matches (nearest, off by {best.error:.0e}: {best.cause})",
@@ -96,6 +97,10 @@ class AdapterError(Exception):
     """The subject's adapter, not the trainer, does something else than the job says."""
 
 
+class NotApplicable(Exception):
+    """What the subject declares leaves the check nothing to judge."""
+
+
 class NotRun(Exception):
     """What the check needs is missing on this machine, or the strategy was not seen to take effect."""
 
@@ -107,8 +112,8 @@ class CheckResult:
     Attributes:
         check: the id, `suite.claim`.
         setting: such as "single", "ddp-2"; empty for checks that have none.
-        outcome: "passed", "failed", "expected failure", "unexpected pass", "adapter error", "not applicable",
-            "not run" or "inconclusive".
+        outcome: "passed", "failed", "expected failure", "unexpected pass", "adapter error", "not
+            applicable", "not run" or "inconclusive".
         text: why, for all but passed.
         seconds: how long it took.
         finding: what was found, for "failed" and "expected failure".

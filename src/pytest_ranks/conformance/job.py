@@ -43,14 +43,17 @@ class Job:
 
     Attributes:
         model: which of the suites' models it is: "ledger", "ledger_table" or "llama".
-        model_dir: the model's directory, for `from_pretrained` (a "ledger_table" has none: use `build_model`).
+        model_dir: the model's directory, for `from_pretrained` (a "ledger_table" has none: use
+            `build_model`).
         tokenizer_dir: a tokenizer whose words are the ids ("t5 t6"), for trainers that want text.
-        samples: `{"input_ids": [...], "labels": [...]}` each; labels are unshifted, -100 is not trained.
+        samples: `{"input_ids": [...], "labels": [...]}` each; labels are unshifted, -100 is not
+            trained.
         pad_token_id: the padding id; on purpose the end-of-sequence id too.
         micro_batch: samples a rank and forward.
         gradient_accumulation_steps: forwards an optimizer step.
         world_size: data-parallel ranks.
-        max_tokens_per_rank: packing by step: the global batch is packed into forwards of at most so many tokens a rank.
+        max_tokens_per_rank: packing by step: the global batch is packed into forwards of at most so
+            many tokens a rank.
         pack_length: packing by rows: samples are joined into rows of at most so many tokens.
         max_steps: optimizer steps to take; None when `epochs` says how long.
         epochs: passes over the samples; None when `max_steps` says how long.
@@ -60,7 +63,8 @@ class Job:
         schedule: "constant" or "linear" (to zero at the last step).
         warmup_steps: steps of linear warm-up; 0 is off.
         max_grad_norm: clip the global gradient norm to it; None is off.
-        precision: "fp32", or "bf16" for mixed precision: compute in bf16, fp32 weights and reductions.
+        precision: "fp32", or "bf16" for mixed precision: compute in bf16, fp32 weights and
+            reductions.
         dropout: the attention dropout that `build_model()` and `model_dir` are already made with.
         activation_checkpointing: recompute activations in backward.
         strategy: "single", "ddp" or "fsdp2".
@@ -126,12 +130,14 @@ class Job:
 
         Args:
             path: the file.
-            format: "tokens" (`input_ids`, `labels`), "text" (`text`), "prompt_completion" (`prompt`, `completion`) or
-                "messages" (`messages` of roles user and assistant). The three texts read back to the same ids with
-                the tokenizer of `tokenizer_dir`; a sample's end-of-sequence token is part of its text.
+            format: "tokens" (`input_ids`, `labels`), "text" (`text`), "prompt_completion"
+                (`prompt`, `completion`) or "messages" (`messages` of roles user and assistant). The
+                three texts read back to the same ids with the tokenizer of `tokenizer_dir`; a
+                sample's end-of-sequence token is part of its text.
 
         Raises:
-            BadInputError: for another format, or when a sample has labels that the format cannot say.
+            BadInputError: for another format, or when a sample has labels that the format cannot
+                say.
         """
         if format not in DATA_FORMATS:
             raise BadInputError(

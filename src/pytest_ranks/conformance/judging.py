@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from pytest_ranks.conformance import oracle
 from pytest_ranks.conformance.causes import expected_weights, weight_hypotheses
 from pytest_ranks.conformance.findings import MATCH, Finding, Hypothesis, Inconclusive, diagnose
+from pytest_ranks.conformance.positions import nothing_trained
 from pytest_ranks.conformance.reading import read_step
 from pytest_ranks.conformance.update_causes import update_hypotheses
 from pytest_ranks.models.corpora import unique_token_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pytest_ranks.conformance.reading import Reading
     from pytest_ranks.conformance.runner import Bench, Run
@@ -54,42 +55,50 @@ def stepped_at(run: Run) -> str:
     return next((step.where for seen in run.observed for step in seen.steps if step.where), "")
 
 
-def judge_weights(reading: Reading, weighting: str, *, tolerance: float = LEDGER_TOLERANCE) -> None:
-    """Compare the weights of a ledger with those that the declared weighting gives.
+def judge_weights(
+    readings: Sequence[Reading], weighting: str, *, tolerance: float = LEDGER_TOLERANCE
+) -> None:
+    """Compare the weights of ledgers with those that the declared weighting gives.
+
+    Args:
+        readings: the ledger of one global batch in one or several layouts; all of them name the cause.
+        weighting: as declared.
+        tolerance: on weight x N.
 
     Raises:
         Finding: with the weights that were read and the formula that they match.
         Inconclusive: when the declared weighting cannot be predicted.
     """
-    expected = expected_weights(reading, weighting)
-    if expected is None:
-        raise Inconclusive(
-            f"weighting={weighting!r} depends on the micro-batches, which no spy saw"
+    for reading in readings:
+        expected = expected_weights(reading, weighting)
+        if expected is None:
+            raise Inconclusive(
+                f"weighting={weighting!r} depends on the micro-batches, which no spy saw"
+            )
+        found = reading.scaled()
+        pairs = [
+            pair
+            for pair in found
+            if abs(found[pair] - expected[pair]) > tolerance * max(1.0, expected[pair])
+        ]
+        if not pairs:
+            continue
+        cause, reference = diagnose(weight_hypotheses(readings))
+        declared = (
+            ""
+            if weighting == "token"
+            else f" (split-dependent by declaration: weighting={weighting!r})"
         )
-    found = reading.scaled()
-    pairs = [
-        pair
-        for pair in found
-        if abs(found[pair] - expected[pair]) > tolerance * max(1.0, expected[pair])
-    ]
-    if not pairs:
-        return
-    cause, reference = diagnose(weight_hypotheses(reading))
-    declared = (
-        ""
-        if weighting == "token"
-        else f" (split-dependent by declaration: weighting={weighting!r})"
-    )
-    raise Finding(
-        f"every loss-counted token MUST weigh 1/N{declared}",
-        f"{weights_in_words(reading)}, on {len(pairs)} of {len(found)} positions, with {layout_of(reading.run)}, "
-        f"N = {reading.count}",
-        tolerance=f"{tolerance:g} on weight x N (float32 noise is 1e-7)",
-        cause=cause,
-        reference=reference,
-        where=stepped_at(reading.run),
-        run=str(reading.run.folder),
-    )
+        raise Finding(
+            f"every loss-counted token MUST weigh 1/N{declared}",
+            f"{weights_in_words(reading)}, on {len(pairs)} of {len(found)} positions, with {layout_of(reading.run)}, "
+            f"N = {reading.count}",
+            tolerance=f"{tolerance:g} on weight x N (float32 noise is 1e-7)",
+            cause=cause,
+            reference=reference,
+            where=stepped_at(reading.run),
+            run=str(reading.run.folder),
+        )
 
 
 def weights_in_words(reading: Reading) -> str:
@@ -150,6 +159,8 @@ def judge_update(
 
 def explain_update(bench: Bench, run: Run, update: oracle.Weights) -> tuple[str, str]:
     """Return the formula that predicts a wrong update on `CORPUS`, and its public issue."""
+    if not any(value.any() for value in update.values()):
+        return nothing_trained(run)
     hypotheses = update_hypotheses(run, CORPUS, bench.materials, update)
     if min(entry.error for entry in hypotheses) > MATCH:
         wanted, _ = oracle.gradient(

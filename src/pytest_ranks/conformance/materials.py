@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def tiny_llama(*, dropout: float = 0.0) -> Any:
     """Build the Llama whose update is compared with the oracle's: 2 layers, grouped queries, no zeros anywhere.
 
-    Its vocabulary is the ledger's, so that one corpus serves both. Weights are larger than transformers' default (std
-    0.02), for logits that differ from uniform.
+    Its vocabulary is the ledger's, so that one corpus serves both. Weights are larger than
+    transformers' default (std 0.02), for logits that differ from uniform.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,10 +1,11 @@
 """The float64, single-process answer that checks compare with.
 
-Shape letters: T positions of one sample, V vocabulary, D hidden size, H query heads, K key/value heads, C head size.
+Shape letters: T positions of one sample, V vocabulary, D hidden size, H query heads, K key/value
+heads, C head size.
 
-The model is written out here and not taken from the library under test: transformers' RMSNorm computes in float32
-whatever its input, so a "float64" run of it has float32 islands. Samples are run one by one, without padding or packing;
-that is what batching must be equal to.
+The model is written out here and not taken from the library under test: transformers' RMSNorm
+computes in float32 whatever its input, so a "float64" run of it has float32 islands. Samples are
+run one by one, without padding or packing; that is what batching must be equal to.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def gradient(
         weights: parameters by name; computed in float64.
         config: the model's configuration.
         batch: the samples of the step, with multiplicity.
-        weighting: "token" (the mean over all counted tokens) or "sequence" (the mean over samples of their means).
+        weighting: "token" (the mean over all counted tokens) or "sequence" (the mean over samples
+            of their means).
 
     Returns:
         The gradient by name (float64) and the loss.
@@ -164,7 +166,8 @@ def relative_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
 def tensor_errors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the relative error of each tensor.
 
-    A tensor whose wanted norm is below 1e-3 of the largest is measured against that, so that noise has no say.
+    A tensor whose wanted norm is below 1e-3 of the largest is measured against that, so that noise
+    has no say.
     """
     floor = 1e-3 * max(float(value.norm()) for value in wanted.values())
     return {

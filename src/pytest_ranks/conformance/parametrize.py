@@ -129,7 +129,8 @@ def parametrize_with_checks(
     Args:
         subject: a class at the top of a module, or a text such as "mylib.testing:MyTrainer".
         suites: names of suites or check ids; None means all.
-        expected_failures: check id to reason, such as a link to the bug report; a pass is then a failure.
+        expected_failures: check id to reason, such as a link to the bug report; a pass is then a
+            failure.
 
     Example:
         ```python

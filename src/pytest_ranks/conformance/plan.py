@@ -27,7 +27,8 @@ def plan_for(
 
     Args:
         capabilities: what the subject declares.
-        names: suites, check ids and check ids with a setting such as "loss.targets[ddp-2]"; None means all.
+        names: suites, check ids and check ids with a setting such as "loss.targets[ddp-2]"; None
+            means all.
         expected_failures: check id, with or without a setting, to reason.
 
     Raises:

@@ -27,8 +27,8 @@ PRELOAD = (
 def modules_for(ref: SubjectRef) -> tuple[str, ...]:
     """Return what to import for a subject: `module`, or `module:name` for a name that is made on demand.
 
-    A subject in a package is imported itself. One in a file is not run here: what its file imports is, wherever in the
-    file that stands, since adapters import their trainers inside `train`.
+    A subject in a package is imported itself. One in a file is not run here: what its file imports
+    is, wherever in the file that stands, since adapters import their trainers inside `train`.
     """
     own: tuple[str, ...] = () if ref.file is not None else (ref.module,)
     try:

@@ -130,6 +130,15 @@ class Reading:
         place = self.corpus.positions().get(pair[0])
         return None if place is None else place.sample
 
+    def is_next(self, pair: tuple[int, int]) -> bool:
+        """Tell whether the target is the token that follows in a row: of the same document, or a next one's first."""
+        place, to = (self.corpus.positions().get(token) for token in pair)
+        if to is None:
+            return pair[1] == EOS_ID
+        if place is None:
+            return pair[0] == EOS_ID and to.offset == 0
+        return to.sample == place.sample and to.offset == place.offset + 1
+
     def describe(self, pairs: list[tuple[int, int]], *, most: int = 4) -> str:
         """Return pairs in words: sample, offset and target."""
         places = self.corpus.positions()

@@ -1,7 +1,7 @@
 """Runs checks: each in the controller, where the oracle is, and the subject's training on ranks.
 
-Equal jobs run once and answer many checks, also across xdist's workers: a run is a folder named after its job, behind a
-lock. Each run gets freshly forked ranks.
+Equal jobs run once and answer many checks, also across xdist's workers: a run is a folder named
+after its job, behind a lock. Each run gets freshly forked ranks.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from pytest_ranks.conformance.findings import (
     CheckResult,
     Finding,
     Inconclusive,
+    NotApplicable,
     NotRun,
 )
 from pytest_ranks.conformance.job import Job, Optimizer
 from pytest_ranks.conformance.materials import Materials, locked
 from pytest_ranks.conformance.plan import plan_for
 from pytest_ranks.conformance.subject import find_subject, inspect_subject
-from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout
+from pytest_ranks.errors import RankFailure, RankTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -280,6 +281,8 @@ def _judge(
         return "failed", "", finding
     except AdapterError as error:
         return "adapter error", str(error), None
+    except NotApplicable as error:
+        return "not applicable", str(error), None
     except NotRun as error:
         return "not run", str(error), None
     except Inconclusive as error:

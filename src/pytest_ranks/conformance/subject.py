@@ -39,8 +39,10 @@ class Capabilities:
     """What a subject declares that it can do; what is not declared is "not applicable", never "passed".
 
     Attributes:
-        launch: "ranks" (`train` runs on every rank) or "self" (it runs once and starts its own ranks).
-        process_group: "ours" (initialised before `train`) or "theirs" (environment and store are there).
+        launch: "ranks" (`train` runs on every rank) or "self" (it runs once and starts its own
+            ranks).
+        process_group: "ours" (initialised before `train`) or "theirs" (environment and store are
+            there).
         world_sizes: how many data-parallel ranks it can use.
         strategies: "single" (no process group at all), "ddp", "fsdp2".
         gradient_accumulation: it takes `job.gradient_accumulation_steps` above 1.
@@ -160,7 +162,8 @@ class Trained:
 class Subject(Protocol):
     """The training code under test: a class with declared capabilities and one method.
 
-    It may have a class attribute `expected_failures`, check id to reason, for defects that are known.
+    It may have a class attribute `expected_failures`, check id to reason, for defects that are
+    known.
     """
 
     capabilities: Capabilities
@@ -275,7 +278,8 @@ def inspect_subject(ref: SubjectRef) -> Capabilities:
     """Import a subject's class and return what it declares.
 
     Raises:
-        BadInputError: when it lacks `train` or `capabilities`, or a method that a capability promises.
+        BadInputError: when it lacks `train` or `capabilities`, or a method that a capability
+            promises.
     """
     cls = ref.load()
     if not isinstance(cls, type):
@@ -319,7 +323,8 @@ def validated(result: object, *, ref: str) -> Trained:
     """
     if not isinstance(result, Trained):
         raise BadInputError(
-            f"subject {ref!r}: train returned {type(result).__name__} on rank 0, expected Trained(parameters=..., history=[...])"
+            f"subject {ref!r}: train returned {type(result).__name__} on rank 0, "
+            "expected Trained(parameters=..., history=[...])"
         )
     if (result.parameters is None) == (result.model_dir is None):
         raise BadInputError(
@@ -337,7 +342,8 @@ def validated(result: object, *, ref: str) -> Trained:
 def full_parameters(model: Any) -> dict[str, Tensor]:
     """Return a model's full parameters and buffers-free state as CPU tensors: a collective, call it on every rank.
 
-    Sees through DDP, FSDP2 (DTensor), `torch.compile` and PEFT; tied parameters appear under their first name.
+    Sees through DDP, FSDP2 (DTensor), `torch.compile` and PEFT; tied parameters appear under their
+    first name.
 
     Args:
         model: an nn.Module, wrapped or not.

@@ -1,7 +1,7 @@
 """The table of hypotheses, applied to the update of a real model: each wrong formula predicts a whole update.
 
-A formula gives every sample a weight; the gradient is linear in them. So the oracle's gradient of each sample, weighted as a
-formula says, is the update that a trainer with exactly this bug makes.
+A formula gives every sample a weight; the gradient is linear in them. So the oracle's gradient of
+each sample, weighted as a formula says, is the update that a trainer with exactly this bug makes.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def update_hypotheses(
     gradients = materials.sample_gradients(corpus)
     size = max(oracle.norm(update), 1e-300)
     hypotheses = []
-    for cause, reference, weights in predictions(reading):
+    for entry in predictions(reading):
         by_sample = {
-            reading.sample_of(pair): weight / reading.count for pair, weight in weights.items()
+            reading.sample_of(pair): weight / reading.count
+            for pair, weight in entry.weights.items()
         }
         predicted = {
             name: sum(
@@ -57,5 +58,7 @@ def update_hypotheses(
             for name, value in update.items()
         }
         missed = oracle.norm({name: value - predicted[name] for name, value in update.items()})
-        hypotheses.append(Hypothesis(cause=cause, error=missed / size, reference=reference))
+        hypotheses.append(
+            Hypothesis(cause=entry.cause, error=missed / size, reference=entry.reference)
+        )
     return hypotheses

@@ -1,8 +1,9 @@
 """Tagged corpora: every sample can be recognised from any of its tokens, wherever a trainer puts it.
 
-The shapes are chosen against vacuous passes: token counts differ a lot between samples (so that a mean of means
-differs from a token mean), one sample has no targets, one keeps its first token unmasked (a causal shift drops that
-label, a careless count does not), every sample ends in the end-of-sequence token, and the padding id is that same id.
+The shapes are chosen against vacuous passes: token counts differ a lot between samples (so that a
+mean of means differs from a token mean), one sample has no targets, one keeps its first token
+unmasked (a causal shift drops that label, a careless count does not), every sample ends in the
+end-of-sequence token, and the padding id is that same id.
 """
 
 from __future__ import annotations

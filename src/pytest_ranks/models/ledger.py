@@ -2,12 +2,13 @@
 
 Shape letters: B rows, T positions, V vocabulary.
 
-Both models start with logits that are zero everywhere, and the logits after an input token `a` depend on one vector of
-parameters that no other token touches. The gradient of a weighted cross entropy at a position with input `a`, target
-`t` and weight `w` on that vector is `w * (1/V - onehot(t))`. After one SGD step at learning rate 1 on a corpus whose
-input tokens are unique, that vector therefore holds which target was trained after `a`, and with which weight. The
-entry of a token id that is never a target holds `-(sum of weights)/V`: subtracting it makes the reading exact even where
-several targets were trained after one input token.
+Both models start with logits that are zero everywhere, and the logits after an input token `a`
+depend on one vector of parameters that no other token touches. The gradient of a weighted cross
+entropy at a position with input `a`, target `t` and weight `w` on that vector is `w * (1/V -
+onehot(t))`. After one SGD step at learning rate 1 on a corpus whose input tokens are unique, that
+vector therefore holds which target was trained after `a`, and with which weight. The entry of a
+token id that is never a target holds `-(sum of weights)/V`: subtracting it makes the reading exact
+even where several targets were trained after one input token.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def ledger_config(vocab_size: int = LEDGER_VOCAB) -> Any:
 def ledger_llama(vocab_size: int = LEDGER_VOCAB) -> Any:
     """Build a one-layer Llama that is a ledger: `o_proj`, `down_proj`, `lm_head` zero, embedding sqrt(V) I.
 
-    The blocks add nothing to the residual stream, and RMSNorm leaves `sqrt(V) e_a` as it is, so the logits after `a` are
-    `sqrt(V) * lm_head[:, a]`.
+    The blocks add nothing to the residual stream, and RMSNorm leaves `sqrt(V) e_a` as it is, so the
+    logits after `a` are `sqrt(V) * lm_head[:, a]`.
     """
     from transformers import LlamaForCausalLM
 
@@ -79,8 +80,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None) -
 class LedgerTable(nn.Module):
     """A V x V table as a causal language model whose forward takes no `**kwargs`: `logits = table[input_ids]`.
 
-    It has what trainers look for in a transformers model (a config, an output with `loss` and `logits`), but neither
-    blocks nor `num_items_in_batch`, so a trainer that needs the model's help to count tokens cannot get it here.
+    It has what trainers look for in a transformers model (a config, an output with `loss` and
+    `logits`), but neither blocks nor `num_items_in_batch`, so a trainer that needs the model's help
+    to count tokens cannot get it here.
     """
 
     accepts_loss_kwargs = False

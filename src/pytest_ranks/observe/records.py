@@ -12,7 +12,8 @@ class Forward:
     Attributes:
         step: optimizer steps that were complete when it began.
         input_ids: the ids, [B][T].
-        labels: the labels that the model was given, [B][T]; None when the trainer computes its own loss.
+        labels: the labels that the model was given, [B][T]; None when the trainer computes its own
+            loss.
         position_ids: [B][T], or None.
         attention_mask: the mask as nested lists where it has two dimensions; None otherwise.
         masked: whether any attention mask was given.
@@ -62,9 +63,11 @@ class Step:
         grad_dtypes: dtypes of the gradients.
         weight_dtypes: dtypes of the parameters.
         state_dtypes: dtypes of the optimizer's floating state after the step.
-        grad_census: share of non-zero gradient entries that bf16 can hold exactly; None without entries.
+        grad_census: share of non-zero gradient entries that bf16 can hold exactly; None without
+            entries.
         weight_census: the same of the parameters.
-        weight_hash: a digest of the replicated parameters after the step; None when all are sharded.
+        weight_hash: a digest of the replicated parameters after the step; None when all are
+            sharded.
         grad_hash: a digest of the replicated gradients.
         where: file and line that called `step`.
     """

@@ -1,7 +1,7 @@
 """Spies on classes and on torch's global hooks: they see any trainer, without a change to it.
 
-Nothing is attached to our model instance, since a trainer that calls `from_pretrained` never touches it. Each spy is a
-context manager that leaves everything as it found it.
+Nothing is attached to our model instance, since a trainer that calls `from_pretrained` never
+touches it. Each spy is a context manager that leaves everything as it found it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pytest_ranks.observe.records import Collective, Forward, Group, Observed, S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 MAX_FORWARDS = 4000
 """Far above what a suite's job does; an endless trainer must not fill the memory before its deadline."""
@@ -194,12 +195,12 @@ def _digest(tensors: list[Tensor]) -> str | None:
 
 def _caller() -> str:
     """Return file and line of the first frame outside torch and this file."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
         if path != __file__ and "/torch/" not in path and "/accelerate/" not in path:
             return f"{path}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
@@ -238,7 +239,7 @@ def _clipping(seen: Observed) -> Iterator[None]:
 def _collectives(seen: Observed) -> Iterator[None]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Spy(TorchDispatchMode):
+    class Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -256,7 +257,7 @@ def _collectives(seen: Observed) -> Iterator[None]:
                 )
             return func(*args, **(kwargs or {}))
 
-    with Spy():
+    with Spy():  # type: ignore[no-untyped-call]
         yield
 
 

@@ -42,8 +42,9 @@ def _checks_module() -> ModuleType | None:
 class VerdictReporter:
     """Follows one session: registered in `pytest_configure`, in xdist's workers too.
 
-    The process that runs a check attaches its result to the report; the process that the user started collects the
-    results, prints the verdict and fails a session in which nothing was judged.
+    The process that runs a check attaches its result to the report; the process that the user
+    started collects the results, prints the verdict and fails a session in which nothing was
+    judged.
     """
 
     def __init__(self, config: pytest.Config) -> None:

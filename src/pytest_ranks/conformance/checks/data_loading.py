@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.conformance.check import check
 from pytest_ranks.conformance.findings import Finding, Inconclusive
 from pytest_ranks.conformance.job import Optimizer
-from pytest_ranks.conformance.judging import stepped_at
+from pytest_ranks.conformance.judging import CORPUS, stepped_at
 from pytest_ranks.conformance.reading import drawn, micro_batches, read_step
-from pytest_ranks.models.corpora import NULL_ID, Corpus, uniform_corpus
+from pytest_ranks.models.corpora import EOS_ID, NULL_ID, Corpus, uniform_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB
 
 if TYPE_CHECKING:
@@ -48,21 +48,17 @@ def _epochs(
     return run, batches, corpus
 
 
-def _draws(bench: Bench, count: int) -> tuple[Run, Counter[int]]:
-    run, batches, _ = _epochs(bench, count, epochs=1)
-    return run, Counter(drawn(batches))
-
-
 @check()
 def check_each_sample_once_an_epoch(bench: Bench) -> None:
     """Count how often each sample went through the model in one epoch, for sizes around the global batch.
 
     Claim: In an epoch each sample MUST be drawn once, except as the declared tail policy says.
 
-    Why it matters: Samples that every rank sees, or that some never see, bias what is learned; evaluation counts them
-    twice.
+    Why it matters: Samples that every rank sees, or that some never see, bias what is learned;
+    evaluation counts them twice.
 
-    Likely causes: No shard per rank; a wrap-around that is not declared; a filter that drops samples unseen.
+    Likely causes: No shard per rank; a wrap-around that is not declared; a filter that drops
+    samples unseen.
 
     Reference: https://github.com/pytorch/pytorch/issues/25162
     """
@@ -71,13 +67,14 @@ def check_each_sample_once_an_epoch(bench: Bench) -> None:
     for count in (1, 7, 8, 9) if tail in ("partial", "pad") else (8, 9):
         if tail == "drop" and count < 8:
             continue
-        run, counts = _draws(bench, count)
+        run, batches, corpus = _epochs(bench, count, epochs=1)
+        counts = Counter(drawn(batches))
         wrong = _tail_violations(counts, count, run, tail)
         if wrong:
             raise Finding(
                 f"in an epoch each sample MUST be drawn once (tail={tail!r})",
                 f"{count} samples on {world} ranks: {wrong}",
-                cause=_draw_cause(counts, count, world),
+                cause=_draw_cause(run, corpus, counts),
                 reference="https://github.com/huggingface/transformers/pull/11254",
                 where=stepped_at(run),
                 run=str(run.folder),
@@ -109,9 +106,14 @@ def _said(missing: list[int], twice: dict[int, int]) -> str:
     return "; ".join(parts) or "more padding than one global batch"
 
 
-def _draw_cause(counts: Counter[int], count: int, world: int) -> str:
+def _draw_cause(run: Run, corpus: Corpus, counts: Counter[int]) -> str:
+    world, count = run.job.world_size, len(corpus.samples)
     if world > 1 and all(counts[index] == world for index in range(count)):
         return "every rank iterates over all samples: there is no shard per rank"
+    batches = micro_batches(run, corpus)
+    by_rank = [[b.samples for b in batches if b.rank == rank] for rank in range(world)]
+    if world > 1 and all(mine == by_rank[0] for mine in by_rank):
+        return "ranks draw the same samples: each takes the same shard"
     if not all(counts[index] for index in range(count)):
         return "samples left over at the end of the epoch are dropped"
     return "the tail is filled by drawing samples again"
@@ -125,7 +127,8 @@ def check_ranks_see_different_samples(bench: Bench) -> None:
 
     Why it matters: Ranks that iterate over the same samples do the same work many times.
 
-    Likely causes: The sampler does not know rank and world size; every rank shuffles for itself with another seed.
+    Likely causes: The sampler does not know rank and world size; every rank shuffles for itself
+    with another seed.
 
     Reference: https://github.com/huggingface/datasets/issues/5360
     """
@@ -151,6 +154,16 @@ def check_ranks_see_different_samples(bench: Bench) -> None:
                     where=stepped_at(run),
                     run=str(run.folder),
                 )
+    lost = sorted(set(range(count)).difference(*by_rank.values()))
+    if lost:
+        raise Finding(
+            "the samples of all ranks together MUST be the dataset",
+            f"no rank drew samples {lost[:6]} of {count}",
+            cause="shards leave samples out",
+            reference="https://github.com/huggingface/datasets/issues/5360",
+            where=stepped_at(run),
+            run=str(run.folder),
+        )
 
 
 @check(worlds=(1, 2))
@@ -159,7 +172,8 @@ def check_order_changes_every_epoch(bench: Bench) -> None:
 
     Claim: With shuffle on, the order of an epoch MUST depend on the epoch.
 
-    Why it matters: The same order each epoch repeats the same global batches, and the same neighbours in packed rows.
+    Why it matters: The same order each epoch repeats the same global batches, and the same
+    neighbours in packed rows.
 
     Likely causes: set_epoch is not called; the generator is seeded anew each epoch.
 
@@ -180,7 +194,7 @@ def check_order_changes_every_epoch(bench: Bench) -> None:
 
 def _halves(batches: list[MicroBatch]) -> tuple[list[int], list[int]]:
     """Return rank 0's draws of the first and the second epoch."""
-    mine = [sample for batch in batches if batch.rank == 0 for sample in batch.samples]
+    mine = _own_draws(batches)
     return mine[: len(mine) // 2], mine[len(mine) // 2 :]
 
 
@@ -190,33 +204,56 @@ def check_order_depends_on_the_seed(bench: Bench) -> None:
 
     Claim: With shuffle on, the order MUST depend on the seed, and on nothing else that is random.
 
-    Why it matters: Runs that differ in the seed only are how noise is measured; runs with the same seed are how bugs are
-    found.
+    Why it matters: Runs that differ in the seed only are how noise is measured; runs with the same
+    seed are how bugs are found.
 
-    Likely causes: A constant seed in the sampler; a generator that is not seeded; without shuffle, a shuffle all the same.
+    Likely causes: A constant seed in the sampler; a generator that is not seeded; without shuffle,
+    a shuffle all the same.
 
     Reference: https://github.com/pytorch/pytorch/issues/31771
     """
     orders = {}
     for seed in (11, 12):
-        run, batches, _ = _epochs(bench, SHUFFLED, epochs=1, shuffle=True, seed=seed)
-        orders[seed] = [sample for batch in batches if batch.rank == 0 for sample in batch.samples]
+        run, batches, corpus = _epochs(bench, SHUFFLED, epochs=1, shuffle=True, seed=seed)
+        orders[seed] = _own_draws(batches)
     plain = sorted(orders[11])
-    if orders[11] in (orders[12], plain):
-        kind = (
-            "in the order of the file"
-            if orders[11] == plain
-            else "in the same order for seeds 11 and 12"
+    if orders[11] == plain:
+        _raise_order(
+            run, f"samples were drawn as they lie in the file: {plain[:8]}...", "shuffle is ignored"
         )
-        raise Finding(
-            "with shuffle on, the order MUST depend on the seed",
-            f"samples were drawn {kind}: {orders[11][:8]}...",
-            cause="shuffle is ignored"
-            if orders[11] == plain
-            else "the sampler does not use the job's seed",
-            where=stepped_at(run),
-            run=str(run.folder),
+    if orders[11] == orders[12]:
+        said = f"seeds 11 and 12 both drew {orders[11][:8]}..."
+        _raise_order(run, said, "the sampler does not use the job's seed")
+    again = [
+        _own_draws(micro_batches(each, corpus)) for each in bench.train_in_turn([run.job, run.job])
+    ]
+    if again != [orders[12], orders[12]]:
+        said = f"seed 12 drew {orders[12][:8]}..., and run again {again[0][:8]}... and {again[1][:8]}..."
+        _raise_order(
+            run,
+            said,
+            "the order is drawn from a generator that is not seeded, or that keeps its state",
         )
+    unshuffled = [_own_draws(_epochs(bench, SHUFFLED, epochs=1, seed=seed)[1]) for seed in (11, 12)]
+    if unshuffled[0] != unshuffled[1]:
+        said = f"without shuffle, seeds 11 and 12 drew {unshuffled[0][:8]}... and {unshuffled[1][:8]}..."
+        _raise_order(run, said, "samples are shuffled though shuffle is off")
+
+
+def _own_draws(batches: list[MicroBatch]) -> list[int]:
+    """Return what rank 0 drew, in order."""
+    return [sample for batch in batches if batch.rank == 0 for sample in batch.samples]
+
+
+def _raise_order(run: Run, found: str, cause: str) -> NoReturn:
+    raise Finding(
+        "with shuffle on, the order MUST depend on the seed and on nothing else",
+        found,
+        cause=cause,
+        reference="https://github.com/pytorch/pytorch/issues/31771",
+        where=stepped_at(run),
+        run=str(run.folder),
+    )
 
 
 @check(worlds=(2, 4))
@@ -233,17 +270,97 @@ def check_equal_steps_on_all_ranks(bench: Bench) -> None:
     """
     world = bench.setting.world_size
     count = (5 if bench.capabilities.tail == "drop" else 4) * world + 1
-    run, _, _ = _epochs(bench, count, epochs=1)
-    steps = [len(seen.steps) for seen in run.observed]
-    if len(set(steps)) > 1:
+    rule = "all ranks MUST take the same number of steps and forwards"
+    try:
+        run, batches, _ = _epochs(bench, count, epochs=1)
+    except Finding as finding:
         raise Finding(
-            "all ranks MUST take the same number of optimizer steps",
-            f"steps by rank: {steps} for {count} samples",
-            cause="shards of different lengths",
+            rule,
+            f"{count} samples on {world} ranks: {finding.found}",
+            cause="ranks run different numbers of micro-batches, and wait for each other in different collectives "
+            "(if not, see the traceback)",
+            reference="https://github.com/axolotl-ai-cloud/axolotl/pull/461",
+            run=finding.run,
+        ) from None
+    steps = [len(seen.steps) for seen in run.observed]
+    forwards = [sum(batch.rank == seen.rank for batch in batches) for seen in run.observed]
+    if len(set(steps)) > 1 or len(set(forwards)) > 1:
+        raise Finding(
+            rule,
+            f"steps by rank: {steps}, forwards by rank: {forwards}, for {count} samples",
+            cause="shards of different lengths: ranks run different numbers of micro-batches",
             reference="https://github.com/huggingface/datasets/issues/6437",
             where=stepped_at(run),
             run=str(run.folder),
         )
+
+
+@check(worlds=(1, 2))
+def check_inputs_are_the_samples(bench: Bench) -> None:
+    """Compare the ids that went through the model with the samples'.
+
+    Claim: The model MUST be given each sample's ids whole, in order, and nothing else but padding.
+
+    Why it matters: A second start token moves every position by one; a prompt that is cut on the left is another prompt.
+    The targets are the same, so the loss does not show it.
+
+    Likely causes: `add_special_tokens` on text to which a template has added them; a length limit of the tokenizer.
+
+    Reference: https://github.com/OpenRLHF/OpenRLHF/issues/393
+    """
+    run = _one_step(bench)
+    rows = [row for seen in run.observed for f in seen.training_forwards() for row in f.input_ids]
+    places = CORPUS.positions()
+    pad = run.job.pad_token_id
+    for row in rows:
+        owners = {places[token].sample for token in row if token in places}
+        if len(owners) != 1:
+            continue  # a row of padding, or of packed documents, which `packing` judges
+        wanted = CORPUS.samples[owners.pop()]["input_ids"]
+        found = _without_padding(row, pad, like=wanted)
+        also = [wanted, [*wanted, EOS_ID]] if bench.capabilities.adds_eos else [wanted]
+        if found not in also:
+            _raise_inputs(run, found, wanted)
+
+
+def _one_step(bench: Bench) -> Run:
+    micro_batch, accumulation = bench.layouts(len(CORPUS.samples))[0]
+    run = bench.train(
+        bench.job(
+            "ledger", CORPUS, micro_batch=micro_batch, gradient_accumulation_steps=accumulation
+        )
+    )
+    if not any(seen.training_forwards() for seen in run.observed):
+        raise Inconclusive("no training forward of the job's model was seen")
+    return run
+
+
+def _without_padding(row: list[int], pad: int, *, like: list[int]) -> list[int]:
+    """Return a row without its padding, which is on one side; the end of sequence may be the padding id too."""
+    length = len(row)
+    while length and row[length - 1] == pad:
+        length -= 1
+    if length < len(row):  # padded on the right, or ending in the end of sequence
+        return row[: length + (like[-1] == pad)]
+    return row
+
+
+def _raise_inputs(run: Run, found: list[int], wanted: list[int]) -> NoReturn:
+    if len(found) > len(wanted) and found[-len(wanted) :] == wanted:
+        cause = f"{len(found) - len(wanted)} ids are put before the sample: a special token is added twice"
+    elif set(found) < set(wanted):
+        side = "left" if found[-1] == wanted[-1] else "right"
+        cause = f"the sample is truncated on the {side} to {len(found)} ids"
+    else:
+        cause = "the sample's ids are changed on the way to the model"
+    raise Finding(
+        "the model MUST be given each sample's ids whole, in order, and nothing else but padding",
+        f"a sample of {len(wanted)} ids that begins {wanted[:4]} was given as {len(found)} ids: {found[:6]}...",
+        cause=cause,
+        reference="https://github.com/OpenRLHF/OpenRLHF/issues/393",
+        where=stepped_at(run),
+        run=str(run.folder),
+    )
 
 
 @check(worlds=(1,))
@@ -252,9 +369,11 @@ def check_no_stale_cache(bench: Bench) -> None:
 
     Claim: A run MUST train on its own samples, whatever was trained before.
 
-    Why it matters: A tokenised dataset cached under a key that leaves something out is used for the next one.
+    Why it matters: A tokenised dataset cached under a key that leaves something out is used for the
+    next one.
 
-    Likely causes: A cache key without the content, the tokenizer or the template; module-level state.
+    Likely causes: A cache key without the content, the tokenizer or the template; module-level
+    state.
 
     Reference: https://github.com/huggingface/trl/issues/1252
     """

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_ranks.conformance import oracle
-from pytest_ranks.conformance.causes import explain_positions
 from pytest_ranks.conformance.check import check
-from pytest_ranks.conformance.findings import Finding, Inconclusive
+from pytest_ranks.conformance.findings import Finding, Inconclusive, NotApplicable
 from pytest_ranks.conformance.judging import (
     CORPUS,
     LEDGER_TOLERANCE,
@@ -19,11 +18,14 @@ from pytest_ranks.conformance.judging import (
     ledger_readings,
     stepped_at,
 )
-from pytest_ranks.conformance.reading import drawn, micro_batches, require_finite
+from pytest_ranks.conformance.positions import explain_positions
+from pytest_ranks.conformance.reading import PRESENT, drawn, micro_batches, require_finite
 from pytest_ranks.models.corpora import NULL_ID, counted_targets, unique_token_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB, read_ledger
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pytest_ranks.conformance.reading import Reading
     from pytest_ranks.conformance.runner import Bench, Run
     from pytest_ranks.models.corpora import Corpus
@@ -33,14 +35,14 @@ if TYPE_CHECKING:
 def check_trained_positions(bench: Bench) -> None:
     """Read from the parameters which positions were trained.
 
-    Claim: The set of trained positions MUST be the positions whose next label is not -100: no prompt, no padding, no
-    token across documents, and none left out.
+    Claim: The set of trained positions MUST be the positions whose next label is not -100: no
+    prompt, no padding, no token across documents, and none left out.
 
-    Why it matters: A trainer that masks the end-of-sequence token never learns to stop; one that trains on prompts or
-    padding learns something nobody asked for. The loss falls all the same.
+    Why it matters: A trainer that masks the end-of-sequence token never learns to stop; one that
+    trains on prompts or padding learns something nobody asked for. The loss falls all the same.
 
-    Likely causes: Padding masked by id where pad equals eos; labels rebuilt from ids; a double shift; dropped
-    micro-batches.
+    Likely causes: Padding masked by id where pad equals eos; labels rebuilt from ids; a double
+    shift; dropped micro-batches.
 
     Reference: https://github.com/huggingface/transformers/issues/23530
     """
@@ -85,10 +87,11 @@ def check_targets(bench: Bench) -> None:
 
     Claim: The target of every trained position MUST be the label of the next token.
 
-    Why it matters: A double shift trains each token on the token after the next. The loss falls; the model is useless.
+    Why it matters: A double shift trains each token on the token after the next. The loss falls;
+    the model is useless.
 
-    Likely causes: Labels shifted in the collator and again in the model; targets not shifted; boundaries between packed
-    documents.
+    Likely causes: Labels shifted in the collator and again in the model; targets not shifted;
+    boundaries between packed documents.
 
     Reference: https://github.com/huggingface/transformers/issues/47394
     """
@@ -117,19 +120,18 @@ def check_targets(bench: Bench) -> None:
 def check_token_weights(bench: Bench) -> None:
     """Read from the parameters with which weight each token entered the update.
 
-    Claim: Every loss-counted token of a global batch MUST have the same weight, 1/N, however the batch is split into
-    micro-batches and ranks.
+    Claim: Every loss-counted token of a global batch MUST have the same weight, 1/N, however the
+    batch is split into micro-batches and ranks.
 
-    Why it matters: With a mean of micro-batch means, tokens of short samples weigh more; results then depend on the
-    batch layout, and published comparisons compare layouts.
+    Why it matters: With a mean of micro-batch means, tokens of short samples weigh more; results
+    then depend on the batch layout, and published comparisons compare layouts.
 
-    Likely causes: The mean of micro-batch means; a count that is not summed over ranks or micro-batches; a factor of
-    world_size or gradient_accumulation_steps too many or too few.
+    Likely causes: The mean of micro-batch means; a count that is not summed over ranks or
+    micro-batches; a factor of world_size or gradient_accumulation_steps too many or too few.
 
     Reference: https://github.com/huggingface/transformers/pull/34191
     """
-    for reading in ledger_readings(bench):
-        judge_weights(reading, bench.capabilities.weighting)
+    judge_weights(list(ledger_readings(bench)), bench.capabilities.weighting)
 
 
 @check(requires=["any_forward"])
@@ -138,15 +140,15 @@ def check_any_forward(bench: Bench) -> None:
 
     Claim: The weight of a token MUST NOT depend on whether the model's forward takes `**kwargs`.
 
-    Why it matters: Trainers that pass the token count through the model fall back to a mean of means, silently, for a
-    model that cannot take it.
+    Why it matters: Trainers that pass the token count through the model fall back to a mean of
+    means, silently, for a model that cannot take it.
 
     Likely causes: `num_items_in_batch` handed to the model only where its signature has `**kwargs`.
 
     Reference: https://github.com/huggingface/trl/issues/2617
     """
-    for reading in ledger_readings(bench, model="ledger_table"):
-        judge_weights(reading, bench.capabilities.weighting)
+    readings = list(ledger_readings(bench, model="ledger_table"))
+    judge_weights(readings, bench.capabilities.weighting)
 
 
 @check()
@@ -155,10 +157,11 @@ def check_split_invariance(bench: Bench) -> None:
 
     Claim: The update MUST equal the oracle's, however the global batch is split into micro-batches.
 
-    Why it matters: The ledger sees the loss; this sees everything else on the way: attention masks, padding, positions,
-    gradients of every tensor.
+    Why it matters: The ledger sees the loss; this sees everything else on the way: attention masks,
+    padding, positions, gradients of every tensor.
 
-    Likely causes: As for `loss.token_weights`; padding that is attended to; positions that count padding.
+    Likely causes: As for `loss.token_weights`; padding that is attended to; positions that count
+    padding.
 
     Reference: https://arxiv.org/abs/2604.23747
     """
@@ -182,7 +185,7 @@ def check_split_invariance(bench: Bench) -> None:
 def _sequence_or_token(bench: Bench) -> str:
     weighting = bench.capabilities.weighting
     if weighting == "micro_batch":
-        raise Inconclusive("weighting='micro_batch' is split-dependent by declaration")
+        raise NotApplicable("weighting='micro_batch' is split-dependent by declaration")
     return weighting
 
 
@@ -192,9 +195,11 @@ def check_padding_is_inert(bench: Bench) -> None:
 
     Claim: The padding id MUST NOT change the update, bit for bit.
 
-    Why it matters: Where it does, padding is attended to or trained on, and results depend on how samples are batched.
+    Why it matters: Where it does, padding is attended to or trained on, and results depend on how
+    samples are batched.
 
-    Likely causes: No attention mask for padded rows; a mask made by comparing ids with the padding id.
+    Likely causes: No attention mask for padded rows; a mask made by comparing ids with the padding
+    id.
 
     Reference: https://github.com/axolotl-ai-cloud/axolotl/pull/2227
     """
@@ -219,9 +224,10 @@ def check_padding_is_inert(bench: Bench) -> None:
     moved = [name for name in first if not torch.equal(first[name], second[name])]
     if moved:
         worst = max(moved, key=lambda name: float((first[name] - second[name]).abs().max()))
+        most = float((first[worst] - second[worst]).abs().max())
         raise Finding(
             "the padding id MUST NOT change the update",
-            f"{len(moved)} of {len(first)} tensors differ, most {worst} by {float((first[worst] - second[worst]).abs().max()):.1e}",
+            f"{len(moved)} of {len(first)} tensors differ, most {worst} by {most:.1e}",
             cause="padding is attended to, or is in the loss",
             reference="https://github.com/axolotl-ai-cloud/axolotl/pull/2227",
             where=stepped_at(runs[0]),
@@ -233,23 +239,27 @@ def check_padding_is_inert(bench: Bench) -> None:
 def check_partial_window(bench: Bench) -> None:
     """Train an epoch whose last global batch is not full.
 
-    Claim: A short last window MUST be divided by its own token count, and its samples MUST weigh like any others.
+    Claim: A short last window MUST be divided by its own token count, and its samples MUST weigh
+    like any others.
 
-    Why it matters: Divided by the full number of micro-batches, the last samples of every epoch count less.
+    Why it matters: Divided by the full number of micro-batches, the last samples of every epoch
+    count less.
 
-    Likely causes: The loss is divided by gradient_accumulation_steps whatever the window holds; a step on every
-    micro-batch after the end of the loader.
+    Likely causes: The loss is divided by gradient_accumulation_steps whatever the window holds; a
+    step on every micro-batch after the end of the loader.
 
     Reference: https://github.com/Lightning-AI/pytorch-lightning/issues/19987
     """
     if bench.capabilities.tail in ("drop", "carry"):
-        raise Inconclusive(
+        raise NotApplicable(
             f"tail={bench.capabilities.tail!r}: a declared policy under which no short window is trained"
         )
     world = bench.setting.world_size
     accumulation = 2 if bench.capabilities.gradient_accumulation else 1
     full = 2 * accumulation * world
-    lengths = [5, 9, 3, 12, 7, 4, 15, 6, 8, 5, 11][: full + full // 2 + 1]
+    # One process: three samples are left, in two micro-batches. Ranks: one is left, so that a rank has none.
+    left = full // 2 + 1 if world == 1 else 1
+    lengths = [5, 9, 3, 12, 7, 4, 15, 6, 8, 5, 11][: full + left]
     corpus = unique_token_corpus(
         lengths, [0, 2, 0, 3, 1, 0, 5, 0, 2, 1, 4][: len(lengths)], vocab_size=LEDGER_VOCAB
     )
@@ -285,6 +295,7 @@ def _judge_last_window(
     if weighting != "token":
         raise Inconclusive(f"weighting={weighting!r}: only a token mean is judged on short windows")
     ledger = read_ledger(run.parameters, lr=run.job.optimizer.lr)
+    _nothing_else_was_trained(run, corpus, ledger)
     everywhere = [sample for samples in steps.values() for sample in samples]
     for step, samples in steps.items():
         # A sample that an earlier step trained too is no clean reading: its logits were not zero any more.
@@ -313,3 +324,28 @@ def _judge_last_window(
                 where=stepped_at(run),
                 run=str(run.folder),
             )
+
+
+def _nothing_else_was_trained(run: Run, corpus: Corpus, ledger: Tensor) -> None:
+    wanted = corpus.targets()
+    size = sum(counted_targets(sample) for sample in corpus.samples)
+    trained = ((ledger * size).abs() > PRESENT).nonzero().tolist()
+    extra = [(token, target) for token, target in trained if (token, target) not in wanted]
+    if extra:
+        idle = [
+            seen.rank
+            for seen in run.observed
+            for forward in seen.training_forwards()
+            if not any(token in corpus.positions() for row in forward.input_ids for token in row)
+        ]
+        raise Finding(
+            "a short window MUST train its own samples and nothing else",
+            f"{len(extra)} targets were trained that no sample has: "
+            + ", ".join(f"id {token} -> id {target}" for token, target in extra[:4]),
+            cause=f"rank {idle[0]} had no sample left and trained on a dummy in its place"
+            if idle
+            else "padding or a dummy sample is in the loss",
+            reference="https://github.com/axolotl-ai-cloud/axolotl/pull/461",
+            where=stepped_at(run),
+            run=str(run.folder),
+        )

@@ -1,8 +1,8 @@
 """With compute in bf16: are weights, reductions, accumulation and optimizer state still float32?
 
-Comparing gradients cannot tell (a bf16 reduction costs 7.0e-3 of relative error, a right run 6.7e-3). Counting can: the
-share of values that bf16 represents exactly is 1 after a reduction in bf16, and 0.45 (2 ranks) or 0.25 (4 ranks) after one
-in float32.
+Comparing gradients cannot tell (a bf16 reduction costs 7.0e-3 of relative error, a right run
+6.7e-3). Counting can: the share of values that bf16 represents exactly is 1 after a reduction in
+bf16, and 0.45 (2 ranks) or 0.25 (4 ranks) after one in float32.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def check_gradients_are_reduced_in_fp32(bench: Bench) -> None:
 
     Claim: Gradients MUST be added up over ranks in float32.
 
-    Why it matters: A sum in bf16 has 8 bits: with many ranks small gradients vanish, and training grows unstable at scale.
+    Why it matters: A sum in bf16 has 8 bits: with many ranks small gradients vanish, and training
+    grows unstable at scale.
 
-    Likely causes: MixedPrecisionPolicy(reduce_dtype=bf16), or reduce_dtype=None, which means param_dtype; a bf16
-    compression hook.
+    Likely causes: MixedPrecisionPolicy(reduce_dtype=bf16), or reduce_dtype=None, which means
+    param_dtype; a bf16 compression hook.
 
     Reference: https://github.com/pytorch/pytorch/issues/106395
     """
@@ -88,11 +89,13 @@ def _judge_census(
 def check_accumulates_in_fp32(bench: Bench) -> None:
     """Count the bf16-exact gradient entries after several micro-batches on one rank.
 
-    Claim: Gradients MUST be added up over micro-batches in float32, so that their error does not grow with accumulation.
+    Claim: Gradients MUST be added up over micro-batches in float32, so that their error does not
+    grow with accumulation.
 
     Why it matters: Each addition in bf16 rounds away what is 256 times smaller than the sum.
 
-    Likely causes: bf16 parameters, whose .grad is bf16; a manual accumulation buffer in the compute dtype.
+    Likely causes: bf16 parameters, whose .grad is bf16; a manual accumulation buffer in the compute
+    dtype.
 
     Reference: https://github.com/meta-pytorch/torchtune/issues/2254
     """
@@ -114,7 +117,8 @@ def check_master_weights_are_fp32(bench: Bench) -> None:
 
     Claim: The optimizer MUST update float32 weights.
 
-    Why it matters: A bf16 weight of 1.0 does not move by less than 0.004: small updates are lost for ever.
+    Why it matters: A bf16 weight of 1.0 does not move by less than 0.004: small updates are lost
+    for ever.
 
     Likely causes: The model loaded in bf16; an upcast that does nothing under FSDP2.
 
@@ -148,7 +152,8 @@ def check_optimizer_state_is_fp32(bench: Bench) -> None:
 
     Claim: The optimizer's moments MUST be float32.
 
-    Why it matters: A second moment in bf16 stops changing after a few hundred steps; late loss was three times as high.
+    Why it matters: A second moment in bf16 stops changing after a few hundred steps; late loss was
+    three times as high.
 
     Likely causes: The optimizer built on bf16 parameters.
 
@@ -205,7 +210,8 @@ def check_small_updates_survive(bench: Bench) -> None:
 
     Claim: Most weights MUST move, however small the step.
 
-    Why it matters: With bf16 weights 86 % of the entries never move at this rate: fine-tuning trains the rest.
+    Why it matters: With bf16 weights 86 % of the entries never move at this rate: fine-tuning
+    trains the rest.
 
     Likely causes: bf16 master weights.
 
@@ -254,7 +260,8 @@ def check_recomputation_is_neutral(bench: Bench) -> None:
 
     Claim: Activation checkpointing MUST NOT change the update.
 
-    Why it matters: Recomputed with another dropout mask, the gradient belongs to a network that never ran.
+    Why it matters: Recomputed with another dropout mask, the gradient belongs to a network that
+    never ran.
 
     Likely causes: preserve_rng_state=False; a random state restored on another device.
 

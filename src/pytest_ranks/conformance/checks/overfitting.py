@@ -100,11 +100,14 @@ def _greedy(model: Any, sample: Sample) -> list[int]:
 def check_single_sample(bench: Bench) -> None:
     """Train on copies of one sample (one a rank).
 
-    Claim: The loss MUST fall below 0.1 and by more than half, and greedy decoding MUST then reproduce the sample.
+    Claim: The loss MUST fall below 0.1 and by more than half, and greedy decoding MUST then
+    reproduce the sample.
 
-    Why it matters: The oldest test of all: a trainer that cannot learn one sample by heart learns nothing else.
+    Why it matters: The oldest test of all: a trainer that cannot learn one sample by heart learns
+    nothing else.
 
-    Likely causes: An optimizer on parameters from before sharding; shifted targets; a scheduler that ends too early.
+    Likely causes: An optimizer on parameters from before sharding; shifted targets; a scheduler
+    that ends too early.
 
     Reference: https://github.com/pytorch/pytorch/issues/149205
     """
@@ -117,8 +120,8 @@ def check_single_sample(bench: Bench) -> None:
 def check_small_batch(bench: Bench) -> None:
     """Train on four different samples.
 
-    Claim: The loss of a small batch MUST fall below 0.1 and by more than half, and greedy decoding MUST reproduce each
-    sample.
+    Claim: The loss of a small batch MUST fall below 0.1 and by more than half, and greedy decoding
+    MUST reproduce each sample.
 
     Why it matters: Samples that take turns, or overwrite each other, show only with more than one.
 

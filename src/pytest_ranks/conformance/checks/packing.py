@@ -7,10 +7,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_ranks.conformance import oracle
-from pytest_ranks.conformance.causes import explain_positions
 from pytest_ranks.conformance.check import check
-from pytest_ranks.conformance.findings import Finding, Inconclusive
+from pytest_ranks.conformance.findings import Finding, Inconclusive, NotApplicable
 from pytest_ranks.conformance.judging import CORPUS, judge_update, judge_weights, stepped_at
+from pytest_ranks.conformance.positions import explain_positions
 from pytest_ranks.conformance.reading import micro_batches, read_step, require_finite
 from pytest_ranks.conformance.replay import flip_test
 from pytest_ranks.models.corpora import EOS_ID, unique_token_corpus
@@ -29,10 +29,11 @@ def packed_job(bench: Bench, model: str, *, capacity: int = CAPACITY) -> Job:
     """Return a one-step job on the uneven corpus whose samples share rows.
 
     Raises:
-        Inconclusive: for kinds of packing that cut documents, where documents are not kept by design.
+        Inconclusive: for kinds of packing that cut documents, where documents are not kept by
+            design.
     """
     if bench.capabilities.packing == "wrapped":
-        raise Inconclusive("packing='wrapped' cuts documents by declaration")
+        raise NotApplicable("packing='wrapped' cuts documents by declaration")
     share = len(CORPUS.samples) // bench.setting.world_size
     job = bench.job(model, CORPUS, micro_batch=share)
     if bench.capabilities.packing == "rows":
@@ -67,9 +68,11 @@ def check_conserves_tokens(bench: Bench) -> None:
 
     Claim: Each token of each sample MUST be in exactly one row, in order and whole.
 
-    Why it matters: A packer that loses the tail, or truncates to fit, trains on less than it was given.
+    Why it matters: A packer that loses the tail, or truncates to fit, trains on less than it was
+    given.
 
-    Likely causes: The last, incomplete bin dropped; samples filtered for one list and taken from another; truncation.
+    Likely causes: The last, incomplete bin dropped; samples filtered for one list and taken from
+    another; truncation.
 
     Reference: https://github.com/huggingface/trl/issues/483
     """
@@ -117,7 +120,8 @@ def check_capacity_is_respected(bench: Bench) -> None:
 
     Claim: No row (no forward, for packing by step) MUST hold more tokens than the job allows.
 
-    Why it matters: The limit is what fits into memory: a row above it is an out-of-memory error hours into a run.
+    Why it matters: The limit is what fits into memory: a row above it is an out-of-memory error
+    hours into a run.
 
     Likely causes: A limit checked on item counts, on averages, or before the last item is added.
 
@@ -146,10 +150,11 @@ def check_documents_are_isolated(bench: Bench) -> None:
 
     Claim: Changing one document MUST leave the hidden states of all others exactly as they were.
 
-    Why it matters: Documents that attend to each other learn from what will not be there at inference.
+    Why it matters: Documents that attend to each other learn from what will not be there at
+    inference.
 
-    Likely causes: An attention mask of ones given along with position ids; a causal mask without document borders;
-    a kernel path that takes more than one row for no packing at all.
+    Likely causes: An attention mask of ones given along with position ids; a causal mask without
+    document borders; a kernel path that takes more than one row for no packing at all.
 
     Reference: https://github.com/huggingface/trl/issues/1230
     """
@@ -178,10 +183,11 @@ def check_positions_restart(bench: Bench) -> None:
 
     Claim: The position of every document's first token MUST be 0, and rise by 1 from there.
 
-    Why it matters: With rotary positions the loss hardly changes when later documents start at 500; a model with learned
-    positions, or one used beyond its length, does.
+    Why it matters: With rotary positions the loss hardly changes when later documents start at 500;
+    a model with learned positions, or one used beyond its length, does.
 
-    Likely causes: Positions counted over the row; position ids left to the model, which counts over the row.
+    Likely causes: Positions counted over the row; position ids left to the model, which counts over
+    the row.
 
     Reference: https://github.com/hiyouga/LlamaFactory/pull/7318
     """
@@ -200,8 +206,8 @@ def check_positions_restart(bench: Bench) -> None:
                     place = places[token]
                     raise Finding(
                         "positions MUST restart at 0 in every document",
-                        f"rank {seen.rank} micro-batch {index}: sample {place.sample} offset {place.offset} has position "
-                        f"{position}; {len(wrong)} positions are wrong",
+                        f"rank {seen.rank} micro-batch {index}: sample {place.sample} offset {place.offset} "
+                        f"has position {position}; {len(wrong)} positions are wrong",
                         cause="positions are counted over the whole row",
                         reference="https://github.com/hiyouga/LlamaFactory/pull/7318",
                         run=str(run.folder),
@@ -222,10 +228,11 @@ def check_targets_are_those_without_packing(bench: Bench) -> None:
 
     Claim: Packing MUST NOT change which targets are trained, nor their weights.
 
-    Why it matters: The end of one document trained on the start of the next teaches nonsense at every border; prompt
-    masks shifted by packing train on prompts.
+    Why it matters: The end of one document trained on the start of the next teaches nonsense at
+    every border; prompt masks shifted by packing train on prompts.
 
-    Likely causes: The first label of each document not masked; ranges of responses added up wrongly.
+    Likely causes: The first label of each document not masked; ranges of responses added up
+    wrongly.
 
     Reference: https://github.com/OpenRLHF/OpenRLHF/pull/781
     """
@@ -243,7 +250,7 @@ def check_targets_are_those_without_packing(bench: Bench) -> None:
             where=stepped_at(reading.run),
             run=str(reading.run.folder),
         )
-    judge_weights(reading, bench.capabilities.weighting)
+    judge_weights([reading], bench.capabilities.weighting)
 
 
 @check(requires=["packing"])
@@ -252,14 +259,15 @@ def check_update_is_that_without_packing(bench: Bench) -> None:
 
     Claim: The packed update MUST equal the update of the same samples one by one.
 
-    Why it matters: It is the sum of all that can go wrong with packing: masks, positions, labels, counts.
+    Why it matters: It is the sum of all that can go wrong with packing: masks, positions, labels,
+    counts.
 
     Likely causes: As for the other claims of this suite.
 
     Reference: https://github.com/axolotl-ai-cloud/axolotl/pull/3304
     """
     if bench.capabilities.weighting == "micro_batch":
-        raise Inconclusive("weighting='micro_batch' is split-dependent by declaration")
+        raise NotApplicable("weighting='micro_batch' is split-dependent by declaration")
     run = packed_run(bench, "llama")
     require_finite(run)
     initial = bench.materials.initial("llama")
@@ -276,11 +284,14 @@ def check_update_is_that_without_packing(bench: Bench) -> None:
 def check_plan_is_deterministic(bench: Bench) -> None:
     """Train the packed job twice in one process, and compare the rows.
 
-    Claim: The same samples and seed MUST be packed the same way each time, and no sample on two ranks.
+    Claim: The same samples and seed MUST be packed the same way each time, and no sample on two
+    ranks.
 
-    Why it matters: Each rank plans for itself: plans that differ lose samples or train them twice, and hang.
+    Why it matters: Each rank plans for itself: plans that differ lose samples or train them twice,
+    and hang.
 
-    Likely causes: An unseeded shuffle in the packer; state kept between calls; ties broken by hash or by CPU.
+    Likely causes: An unseeded shuffle in the packer; state kept between calls; ties broken by hash
+    or by CPU.
 
     Reference: https://github.com/axolotl-ai-cloud/axolotl/issues/3848
     """
@@ -313,25 +324,27 @@ def check_plan_is_deterministic(bench: Bench) -> None:
 def check_overlong_samples_are_not_lost_silently(bench: Bench) -> None:
     """Give one sample that is longer than a row may be.
 
-    Claim: A sample above the capacity MUST be refused with an error that names it, or dropped with a report in the
-    history; it MUST NOT be truncated or put into a row above the limit.
+    Claim: A sample above the capacity MUST be refused with an error that names it, or dropped with
+    a report in the history; it MUST NOT be truncated or put into a row above the limit.
 
-    Why it matters: Truncated samples teach answers that stop in the middle; silent drops lost 99.8 % of the tokens of one
-    user.
+    Why it matters: Truncated samples teach answers that stop in the middle; silent drops lost 99.8
+    % of the tokens of one user.
 
     Likely causes: Truncation as a default; a filter whose count nobody reads.
 
     Reference: https://github.com/huggingface/trl/issues/4554
     """
     corpus = unique_token_corpus([6, 50, 9, 7], [0, 2, 0, 1], vocab_size=LEDGER_VOCAB)
-    job = bench.job("ledger", corpus, micro_batch=4)
-    limit = (
-        {"pack_length": CAPACITY}
-        if bench.capabilities.packing == "rows"
-        else {"max_tokens_per_rank": CAPACITY}
+    by_rows = bench.capabilities.packing == "rows"
+    job = bench.job(
+        "ledger",
+        corpus,
+        micro_batch=4,
+        pack_length=CAPACITY if by_rows else None,
+        max_tokens_per_rank=None if by_rows else CAPACITY,
     )
     try:
-        run = bench.train(dataclasses.replace(job, **limit))
+        run = bench.train(job)
     except Finding as refusal:
         if "Timeout" in refusal.found or "no result in" in refusal.found:
             raise

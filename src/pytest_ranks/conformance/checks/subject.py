@@ -23,6 +23,9 @@ ODD_LR = 0.37
 ADAMW = Optimizer(name="adamw", lr=3.3e-3, betas=(0.85, 0.97), eps=3e-7, weight_decay=0.07)
 """Numbers that no default is equal to."""
 
+SAME_NORM = 1e-4
+"""Relative: clipping to a limit leaves norms that differ by 1e-6; those of different samples differ by 1e-2 and more."""
+
 GRADIENT_NUMEL = 1000
 """A reduction of fewer elements is a count or a loss; the smallest bucket of the tiny Llama's gradients has more."""
 
@@ -31,15 +34,18 @@ GRADIENT_NUMEL = 1000
 def check_honours_job(bench: Bench) -> None:
     """Compare what the spies saw with what the job says.
 
-    Claim: The subject MUST train with the job's optimizer, learning rate, batch size, precision and steps, in train mode.
+    Claim: The subject MUST train with the job's optimizer, learning rate, batch size, precision and
+    steps, in train mode.
 
-    Why it matters: A warm-up, a clipping default or a mixed-precision default in the adapter looks like a loss bug; every
-    other check is only fair to the trainer when the adapter passes on what the job says.
+    Why it matters: A warm-up, a clipping default or a mixed-precision default in the adapter looks
+    like a loss bug; every other check is only fair to the trainer when the adapter passes on what
+    the job says.
 
-    Likely causes: Defaults of the trainer's own configuration (warm-up, max_grad_norm 1.0, weight decay, bf16) that the
-    adapter does not switch off.
+    Likely causes: Defaults of the trainer's own configuration (warm-up, max_grad_norm 1.0, weight
+    decay, bf16) that the adapter does not switch off.
 
-    Reference: https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
+    Reference:
+    https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
     """
     size = bench.setting.world_size * 2
     corpus = unique_token_corpus([6, 9] * size, [0, 4] * size, vocab_size=LEDGER_VOCAB)
@@ -50,14 +56,23 @@ def check_honours_job(bench: Bench) -> None:
     _steps_are_the_jobs(run, corpus)
     _numbers_are_the_jobs(run, {"lr": ODD_LR, "weight_decay": 0.0, "momentum": 0})
     _precision_is_the_jobs(run)
-    if "adamw" in bench.capabilities.optimizers:
-        run = bench.train(bench.job("llama", corpus, micro_batch=2, max_steps=1, optimizer=ADAMW))
-        wanted = {
-            "lr": ADAMW.lr,
-            "betas": ADAMW.betas,
-            "eps": ADAMW.eps,
-            "weight_decay": ADAMW.weight_decay,
-        }
+    _not_clipped(run)
+    accumulation = 2 if bench.capabilities.gradient_accumulation else 1
+    optimizer = ADAMW if "adamw" in bench.capabilities.optimizers else Optimizer(lr=ODD_LR)
+    if accumulation > 1 or optimizer is ADAMW:
+        job = bench.job(
+            "llama",
+            corpus,
+            micro_batch=2 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optimizer=optimizer,
+        )
+        run = bench.train(job)
+        _rows_are_the_jobs(run, corpus)
+        wanted = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
+        if optimizer is ADAMW:
+            wanted |= {"betas": ADAMW.betas, "eps": ADAMW.eps}
         _numbers_are_the_jobs(run, wanted)
     if "bf16" in bench.capabilities.precision:
         job = bench.job(
@@ -92,14 +107,17 @@ def _model_was_seen(run: Run) -> None:
 def _strategy_took_effect(run: Run) -> None:
     job = run.job
     for seen in run.observed:
-        if job.strategy == "fsdp2" and not all(step.sharded for step in seen.steps):
+        # An optimizer on the parameters from before sharding has no gradients: a bug, and judged elsewhere.
+        trained = [step for step in seen.steps if step.parameters]
+        if job.strategy == "fsdp2" and not all(step.sharded for step in trained):
             raise NotRun(
                 "job.strategy='fsdp2', but no parameter is sharded at the optimizer step: "
                 "the subject accepts the strategy and wraps nothing"
             )
-        reduced = [c for c in seen.collectives if "reduce" in c.op and c.numel >= GRADIENT_NUMEL]
-        if job.strategy == "ddp" and job.world_size > 1 and not reduced:
-            raise NotRun("job.strategy='ddp', but no gradient was reduced over ranks")
+        # Parameters that were broadcast show a wrapper; that it then reduces nothing is a bug, and judged elsewhere.
+        large = [c for c in seen.collectives if c.numel >= GRADIENT_NUMEL]
+        if job.strategy == "ddp" and job.world_size > 1 and not large:
+            raise NotRun("job.strategy='ddp', but neither parameters nor gradients went over ranks")
 
 
 def _steps_are_the_jobs(run: Run, corpus: Corpus) -> None:
@@ -109,19 +127,42 @@ def _steps_are_the_jobs(run: Run, corpus: Corpus) -> None:
             raise AdapterError(
                 f"job.max_steps={job.max_steps}, but rank {seen.rank} took {len(seen.steps)} optimizer steps"
             )
-    batches = micro_batches(run, corpus)
-    for step in range(job.max_steps or 0):
-        rows = sum(len(batch.samples) for batch in batches if batch.step == step)
-        if rows != job.global_batch:
-            raise AdapterError(
-                f"the job's global batch is {job.global_batch} samples (micro_batch={job.micro_batch}, "
-                f"gradient_accumulation_steps={job.gradient_accumulation_steps}, world_size={job.world_size}), "
-                f"but step {step + 1} used {rows}"
-            )
+    _rows_are_the_jobs(run, corpus)
     if len(run.history) < (job.max_steps or 0):
         raise AdapterError(
             f"Trained.history has {len(run.history)} rows, expected one for each of {job.max_steps} steps"
         )
+
+
+def _rows_are_the_jobs(run: Run, corpus: Corpus) -> None:
+    """Compare samples over the whole run: a step on every micro-batch is the trainer's bug, and judged elsewhere."""
+    job = run.job
+    rows = sum(len(batch.samples) for batch in micro_batches(run, corpus))
+    if rows != job.global_batch * (job.max_steps or 0):
+        raise AdapterError(
+            f"the job's global batch is {job.global_batch} samples (micro_batch={job.micro_batch}, "
+            f"gradient_accumulation_steps={job.gradient_accumulation_steps}, world_size={job.world_size}), "
+            f"but max_steps={job.max_steps} used {rows} samples in all"
+        )
+
+
+def _not_clipped(run: Run) -> None:
+    """Refuse steps on different samples whose gradients have one and the same norm: only clipping does that."""
+    norms = [
+        sum(seen.steps[step].grad_norm ** 2 / _copies(run) for seen in run.observed) ** 0.5
+        for step in range(min(len(seen.steps) for seen in run.observed))
+    ]
+    if len(norms) > 1 and norms[0] > 0 and max(norms) - min(norms) < SAME_NORM * max(norms):
+        raise AdapterError(
+            f"job.max_grad_norm=None, but the gradients of {len(norms)} different steps all have the norm "
+            f"{norms[0]:.4f}: switch clipping off"
+        )
+
+
+def _copies(run: Run) -> int:
+    """Return on how many ranks each gradient entry is."""
+    sharded = all(step.sharded for seen in run.observed for step in seen.steps)
+    return 1 if sharded else len(run.observed)
 
 
 def _numbers_are_the_jobs(run: Run, wanted: dict[str, object]) -> None:
@@ -137,6 +178,11 @@ def _numbers_are_the_jobs(run: Run, wanted: dict[str, object]) -> None:
 
 def _compare_groups(step: Step, index: int, wanted: dict[str, object]) -> None:
     for group in step.groups:
+        if ("betas" in wanted) != ("betas" in group.numbers):
+            name = "adamw" if "betas" in wanted else "sgd"
+            raise AdapterError(
+                f"job.optimizer.name={name!r}, but the optimizer is {step.optimizer}"
+            )
         for name, value in wanted.items():
             found = group.numbers.get(name, value)
             if name == "weight_decay" and found == 0.0:
