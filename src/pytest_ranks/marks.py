@@ -273,6 +273,12 @@ def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> RankSpec:
     """Return the spec of this item, within the most ranks that a test may ask for."""
     callspec = getattr(item, "callspec", None)
     parameters = {} if callspec is None else callspec.params
+    if len(specs) > 1 and RANKS_PARAMETER not in parameters:
+        sizes = [spec.world_size for spec in specs]
+        raise BadInputError(
+            f"ranks: world sizes {sizes}, expected one: pytest can repeat neither methods of "
+            "unittest.TestCase nor a test because of a mark on one of its parameters."
+        )
     spec: RankSpec = parameters.get(RANKS_PARAMETER, specs[0])
     chosen = settings(item.config)
     if spec.world_size > chosen.max_world_size:
@@ -327,8 +333,11 @@ def enforce(item: pytest.Item) -> None:
     if error is not None:
         pytest.fail(error, pytrace=False)
     reason = skip_reason(item)
-    if reason is not None:
-        item.add_marker(pytest.mark.skip(reason=reason))
+    if reason is None:
+        return
+    if not item.config.pluginmanager.has_plugin("skipping"):
+        pytest.skip(reason)
+    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def fail_collect_only(session: pytest.Session) -> None:

@@ -266,8 +266,21 @@ def settings(config: pytest.Config) -> Settings:
         found = {row.name: _resolve(row, config) for row in TABLE}
         values = {name: value for name, (value, _) in found.items()}
         sources = {name: source for name, (_, source) in found.items()}
-        config.stash[SETTINGS_KEY] = Settings(**values, sources=sources)
+        chosen = Settings(**values, sources=sources)
+        _check_together(chosen)
+        config.stash[SETTINGS_KEY] = chosen
     return config.stash[SETTINGS_KEY]
+
+
+def _check_together(chosen: Settings) -> None:
+    """Refuse values that contradict each other."""
+    foreign = [str(entry) for entry in chosen.require if entry.kind != "ranks"]
+    if foreign and not chosen.hardware_marks:
+        raise pytest.UsageError(
+            f"{chosen.source('require')}: found {','.join(foreign)}, but "
+            f"{chosen.source('hardware_marks')} makes these marks the project's own, which this "
+            "plugin does not follow; require ranks alone, or set ranks_hardware_marks=true"
+        )
 
 
 def _resolve(row: Option, config: pytest.Config) -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 
 import pytest
 
@@ -281,6 +282,38 @@ def test_a_list_of_world_sizes_makes_one_item_each(pytester) -> None:
         *(f"test_it.py::test_many[ws={n}-{x}]" for n in (1, 2, 4) for x in "ab"),
         "test_it.py::test_one",
     ]
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        """
+        class TestOld(unittest.TestCase):
+            @pytest.mark.ranks([1, 2])
+            def test_old(self): pass
+        """,
+        """
+        @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.ranks([1, 2]))])
+        def test_old(n): pass
+        """,
+    ],
+    ids=["unittest", "parameter"],
+)
+def test_a_test_that_cannot_be_repeated_says_so(pytester, test: str) -> None:
+    pytester.makepyfile("import pytest, unittest\n" + textwrap.dedent(test))
+    result = pytester.runpytest()
+    result.assert_outcomes(errors=1)
+    message = (
+        "mark ranks: world sizes [1, 2], expected one: pytest can repeat neither methods of "
+        f"unittest.TestCase nor a test because of a mark on one of its parameters. {RANKS}"
+    )
+    assert any(line.endswith(message) for line in result.outlines)
+
+
+def test_without_pytests_own_skip_mark_needs_skip_all_the_same(pytester, with_gpus) -> None:
+    with_gpus(0)
+    pytester.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_it(): assert False")
+    pytester.runpytest("-p", "no:skipping").assert_outcomes(skipped=1)
 
 
 def test_the_signature_written_out_for_ranks_is_the_real_one() -> None:

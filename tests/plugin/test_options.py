@@ -177,6 +177,17 @@ def test_a_bad_ini_setting_is_one_sentence(run, pytester, line: str, message: st
     assert result.stderr.str().strip() == f"ERROR: {message}"
 
 
+def test_marks_that_are_not_ours_cannot_be_required(run, pytester) -> None:
+    pytester.makeini("[pytest]\nranks_hardware_marks = false")
+    result = run("--ranks-require=gpu:1,ranks:2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.stderr.str().strip() == (
+        "ERROR: --ranks-require: found gpu:1, but ranks_hardware_marks (tox.ini) makes these marks "
+        "the project's own, which this plugin does not follow; require ranks alone, or set "
+        "ranks_hardware_marks=true"
+    )
+
+
 def test_a_wrong_type_in_native_toml_is_one_sentence(run, pytester) -> None:
     if pytest.version_tuple < (9,):
         pytest.skip("pytest reads this table from version 9 on")

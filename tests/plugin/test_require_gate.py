@@ -243,6 +243,19 @@ class TestUnderXdist:
             "--ranks-require: gpu:1 is not met: no gpu test was selected",
         )
 
+    def test_grouped_tests_count(self, pytester, with_gpus) -> None:
+        with_gpus(1)
+        pytester.makepyfile(
+            """
+            import pytest
+
+            @pytest.mark.gpu
+            @pytest.mark.xdist_group("one")
+            def test_it(): pass
+            """
+        )
+        assert_no_gate(pytester.runpytest("-n1", "--dist=loadgroup", "--ranks-require=gpu"))
+
     def test_what_workers_selected_and_did_not_run(self, pytester) -> None:
         conftest = """
         def pytest_runtest_protocol(item):
