@@ -119,6 +119,22 @@ def test_bad_input_in_a_process_of_its_own_has_no_traceback(folder):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_a_missing_package_is_named(folder, module):
+    program = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = "
+        "['model', 'data.jsonl', '--out-dir', 'out', '--max-steps', '1']\n"
+        "from pytest_ranks.reference.__main__ import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: {module} is not installed; pip install 'pytest-ranks[trainer]'\n"
+    )
+
+
 def test_help_names_every_option():
     result = command("--help")
     assert result.returncode == 0

@@ -12,15 +12,20 @@ def main() -> None:
     gloo's threads may outlive the process group and abort a Python that is shutting down, after all
     the work is done and with a failing exit status; so a rank flushes and goes at once.
     """
-    try:
-        from pytest_ranks.reference.cli import app
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error.name} is not installed; pip install 'pytest-ranks[trainer]'")
     status = 0
     try:
+        from pytest_ranks.reference.cli import app
+
         app(prog_name="python -m pytest_ranks.reference")
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        print(
+            f"error: {package} is not installed; pip install 'pytest-ranks[trainer]'",
+            file=sys.stderr,
+        )
+        status = 2
     sys.stdout.flush()
     sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
