@@ -188,7 +188,10 @@ class SubjectRef:
     file: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.file or self.module}:{self.name}"
+        if self.file is None:
+            return f"{self.module}:{self.name}"
+        file = Path(self.file)
+        return f"{file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}:{self.name}"
 
     def load(self) -> Any:
         """Import the class.
