@@ -55,6 +55,9 @@ def main() -> int:
 def measure(folder: str, *arguments: str) -> Cost:
     """Run one session without the plugins that happen to be installed beside ours."""
     environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    # An installed package has its byte code; here the first run writes it, wherever sources lie.
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    environ["PYTHONPYCACHEPREFIX"] = os.path.join(folder, "bytecode")
     plugin = () if arguments else ("-p", "pytest_ranks.plugin")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, *arguments]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()

@@ -106,6 +106,7 @@ class TestSessions:
         def run_session(body: str, *arguments: str):
             # pytester clears the options from outside; ours come after that.
             monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+            monkeypatch.delenv("RANKS_REQUIRE", raising=False)
             pytester.makepyfile(f"import pytest\n{body}")
             return pytester.runpytest_subprocess("-p", "pytest_ranks.plugin", "-rs", *arguments)
 

@@ -11,7 +11,7 @@ import pytest
 def sessions_of_this_plugin_alone(request, monkeypatch) -> None:
     """A user's session has our plugin and no other, and no settings of whoever runs this suite."""
     for name in list(os.environ):
-        if name.startswith("RANKS_"):
+        if name.startswith(("RANKS_", "NEURON_")) or name.endswith("_VISIBLE_DEVICES"):
             monkeypatch.delenv(name)
     if "pytester" in request.fixturenames:
         # pytester clears the options from outside; ours have to come after that.
