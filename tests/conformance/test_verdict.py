@@ -99,7 +99,7 @@ def test_the_decorator_runs_checks_as_tests(user):
         """
     )
     result = user.runpytest_subprocess("-p", "no:randomly", "-rx")
-    result.assert_outcomes(passed=1, xfailed=1)
+    result.assert_outcomes(passed=3, xfailed=1)
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(
         [
