@@ -7,10 +7,9 @@ pytest's. Its setup is empty, its `runtest` runs it on the ranks, and a wrapper 
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,6 +18,7 @@ from pytest_ranks.errors import RankFailure, UnavailableError
 from pytest_ranks.launch import reports, scopes
 from pytest_ranks.launch.pools import Pool, PoolKey, Pools
 from pytest_ranks.launch.start import start_zygote
+from pytest_ranks.launch.warned import forward_warnings
 from pytest_ranks.launch.wire import (
     Finished,
     Phase,
@@ -26,7 +26,6 @@ from pytest_ranks.launch.wire import (
     Rendezvous,
     RunItem,
     TearDown,
-    Warned,
     World,
 )
 
@@ -44,6 +43,7 @@ BEHIND_DEADLINE = 30.0
 # pytest-timeout ends the controller's wait, or the whole session; ours has to be earlier.
 BEFORE_PYTEST_TIMEOUT = 0.8
 TEARDOWN_SECONDS = 5.0
+MOST_STARTS = 3  # a zygote that ends again and again is not started for ever
 
 
 class RankItems:
@@ -57,6 +57,8 @@ class RankItems:
         self._order: list[tuple[str, PoolKey]] = []
         self._index: dict[str, int] = {}
         self._next: pytest.Item | None = None
+        self._files: tuple[str, ...] = ()
+        self._starts = 0
         self._owner = os.getpid()
 
     # ---- life
@@ -65,21 +67,30 @@ class RankItems:
         """Start the zygote, as a fork of this session where that is safe."""
         if self._link is not None:
             return
-        self._link = start_zygote(self._session)
+        self._starts += 1
+        self._link = start_zygote(self._session, fresh=self._starts > 1)
         self._pools = Pools(self._link)
 
     def take_over(self, items: list[pytest.Item]) -> None:
         """Have these items run on ranks."""
-        self.start()
-        assert self._link is not None
+        shared = scopes.shared_scopes(items)
         for item in items:
             spec = marks.read(item).spec
             assert spec is not None
+            key = PoolKey(
+                world_size=spec.world_size, backend=spec.backend, scope=shared[item.nodeid]
+            )
             self._index[item.nodeid] = len(self._order)
-            self._order.append((item.nodeid, _key(item, spec)))
+            self._order.append((item.nodeid, key))
             self._empty(item)
-        files = dict.fromkeys(str(item.path) for item in items)
-        self._link.collect(tuple(files))
+        self._files = tuple(dict.fromkeys(str(item.path) for item in items))
+        with contextlib.suppress(UnavailableError):  # the first item meets it again
+            self._begin()
+
+    def _begin(self) -> None:
+        self.start()
+        assert self._link is not None
+        self._link.collect(self._files)
 
     def _empty(self, item: pytest.Item) -> None:
         vars(item).update(
@@ -104,8 +115,10 @@ class RankItems:
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         """End everything, however the session ended."""
-        if os.getpid() != self._owner:
-            return
+        if os.getpid() == self._owner:
+            self._end()
+
+    def _end(self) -> None:
         if self._pools is not None and self._link is not None:
             self._pools.close()
             self._link.close()
@@ -137,16 +150,20 @@ class RankItems:
     def _on_ranks(self, item: pytest.Item) -> ItemOutcome:
         spec = marks.read(item).spec
         assert spec is not None
-        assert self._pools is not None
         seconds = self._seconds(item, spec)
         key = self._order[self._index[item.nodeid]][1]
         try:
+            if self._pools is None:
+                self._begin()
+            assert self._pools is not None
             pool = self._pools.take(key, fresh=spec.isolate)
             pool.last_node_id = item.nodeid
             runs = self._watch(item, spec, key, pool, seconds)
         except UnavailableError as error:
+            if self._starts < MOST_STARTS:
+                self._end()  # the next item begins anew
             pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
-        self._forward_warnings(runs)
+        forward_warnings(self._config, runs)
         decided = reports.decide(item, runs, timeout=seconds, note=self._note(pool))
         self._settle(key, pool, runs, decided, isolate=spec.isolate)
         return decided
@@ -202,15 +219,13 @@ class RankItems:
     def _next_of(self, item: pytest.Item, key: PoolKey) -> tuple[str | None, bool]:
         """Return what this item's pool runs next, and whether to keep fixtures not knowing that.
 
-        An xdist worker learns its items one by one: it keeps wide fixtures while its own next
-        item is in their scope, and ranks end what an item does not share before they run it.
+        An xdist worker learns its items one by one: it keeps wide fixtures until its last item,
+        and ranks end what an item does not share before they run it.
         """
         if key.scope is None:
             return None, False
         if hasattr(self._config, "workerinput"):
-            following = self._next.nodeid if self._next is not None else None
-            inside = following is not None and following.startswith(key.scope)
-            return None, inside
+            return None, self._next is not None
         start = self._index[item.nodeid] + 1
         return next((name for name, other in self._order[start:] if other == key), None), False
 
@@ -306,35 +321,6 @@ class RankItems:
             _place(report, decided)
         return report
 
-    def _forward_warnings(self, runs: list[RankRun]) -> None:
-        seen: set[Warned] = set()
-        for run in runs:
-            for message in run.messages:
-                for warned in message.warnings if isinstance(message, Finished) else ():
-                    if warned not in seen:
-                        seen.add(warned)
-                        self._rewarn(warned)
-
-    def _rewarn(self, warned: Warned) -> None:
-        module, _, name = warned.category.partition(":")
-        category: Any = getattr(sys.modules.get(module), name, UserWarning)
-        if not (isinstance(category, type) and issubclass(category, Warning)):
-            category = UserWarning
-        try:
-            text: Warning | str = category(warned.text)
-        except TypeError:
-            text = warned.text
-        self._config.hook.pytest_warning_recorded.call_historic(
-            kwargs={
-                "warning_message": warnings.WarningMessage(
-                    text, category, warned.filename, warned.lineno
-                ),
-                "when": warned.when,
-                "nodeid": warned.node_id,
-                "location": warned.location,
-            }
-        )
-
     def _seconds(self, item: pytest.Item, spec: RankSpec) -> float:
         seconds = spec.timeout or options.settings(self._config).timeout
         theirs = _compat.timeout_of(item)
@@ -353,12 +339,6 @@ class RankItems:
                 f"note: the process that ranks are forked from had {threads} native threads"
             )
         return "\n".join(notes)
-
-
-def _key(item: pytest.Item, spec: RankSpec) -> PoolKey:
-    return PoolKey(
-        world_size=spec.world_size, backend=spec.backend, scope=scopes.widest_on_ranks(item)
-    )
 
 
 def _is_last(message: object) -> bool:

@@ -22,8 +22,8 @@ class PoolKey:
     Attributes:
         world_size: number of ranks.
         backend: of their process group.
-        scope: node id of the widest fixture scope that lives on the ranks, None where none does:
-            such tests share a pool, and its process group, with nobody outside of the scope.
+        scope: which fixtures live on the ranks between tests, None where none does. Tests that
+            share such fixtures share a pool, and its process group, with nobody else.
     """
 
     world_size: int

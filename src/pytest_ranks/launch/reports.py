@@ -94,11 +94,11 @@ def _failed(
         for run, result in zip(runs, results, strict=True)
         if (failure := _failure(run, result)) is not None
     ]
-    if word == "disagree":
-        head = _disagreement(results)
-        ordered = found
+    ordered = failures.in_order(found)
+    others_left = any(result.status in ("skipped", "xfailed") for result in results)
+    if word == "disagree" or (others_left and all(one.is_collateral for one in found)):
+        head = _disagreement(results, found)
     else:
-        ordered = failures.in_order(found)
         head = failures.headline(ordered, world_size=world_size, timeout=timeout)
     sections = [*sections, *_output_sections(ordered)]
     root = ordered[0] if ordered else None
@@ -185,10 +185,11 @@ def _longrepr(item: pytest.Item, phase: Phase) -> Any:
     return _compat.report_from_data(item.config, phase.report).longrepr
 
 
-def _disagreement(results: list[RankResult]) -> str:
+def _disagreement(results: list[RankResult], found: list[Failure]) -> str:
+    cut = {one.rank: f"was cut off in {one.place or 'its work'}" for one in found}
     by_status: dict[str, list[int]] = {}
     for result in results:
-        by_status.setdefault(result.status, []).append(result.rank)
+        by_status.setdefault(cut.get(result.rank, result.status), []).append(result.rank)
     parts = [f"{failures.ranks_text(ranks)} {status}" for status, ranks in by_status.items()]
     return f"the ranks disagree: {', '.join(parts)}"
 

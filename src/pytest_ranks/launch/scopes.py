@@ -1,4 +1,4 @@
-"""Which fixtures of an item outlive it, and so live on the ranks between tests."""
+"""Which fixtures outlive an item, and so live on the ranks between tests; who shares them."""
 
 from __future__ import annotations
 
@@ -9,38 +9,55 @@ from typing import TYPE_CHECKING
 from pytest_ranks import _compat
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import pytest
 
-_WIDTH = {"function": 0, "class": 1, "module": 2, "package": 3, "session": 4}
+_NODES = {"class": "Class", "module": "Module", "package": "Package"}
 
 
-def widest_on_ranks(item: pytest.Item) -> str | None:
-    """Return the node id of the widest scope of the item's own fixtures, None for function.
+def shared_scopes(items: Sequence[pytest.Item]) -> dict[str, str | None]:
+    """Return for each node id which ranks it has to share, None where it shares no fixture.
+
+    Two items that use one instance of a class, module, package or session fixture have to run on
+    the same ranks, and so do all that are connected through others: they get the same name.
+    """
+    chosen: dict[str, str | None] = {}
+    leaders: dict[str, str] = {}
+
+    def leader(name: str) -> str:
+        while leaders[name] != name:
+            name = leaders[name]
+        return name
+
+    used = {item.nodeid: [*_wide_fixtures(item)] for item in items}
+    for names in used.values():
+        for name in names:
+            leaders.setdefault(name, name)
+            leaders[leader(name)] = leader(names[0])
+    for node_id, names in used.items():
+        chosen[node_id] = leader(names[0]) if names else None
+    return chosen
+
+
+def _wide_fixtures(item: pytest.Item) -> Iterable[str]:
+    """Yield the names of the item's own fixtures that live longer than it, with their place.
 
     Fixtures of installed plugins do not count: what they keep is theirs, and nearly every test
     has one. Fixtures of conftests, of the test module, and xunit-style setups do: they may keep
     a model, a mesh or a group that the next test of the scope goes on with.
     """
-    widest = "function"
     for definition in _compat.fixture_definitions(item):
-        scope = definition.scope
-        if _WIDTH[scope] > _WIDTH[widest] and _is_users(definition):
-            widest = scope
-    if widest == "function":
-        return None
-    if widest == "session":
-        return ""
-    return _node_of(item, widest)
+        if definition.scope != "function" and _is_users(definition):
+            where = _node_of(item, definition.scope)
+            yield f"{definition.scope} fixture {definition.argname} of {where or 'the session'}"
 
 
 def _is_users(definition: pytest.FixtureDef[object]) -> bool:
-    name = definition.argname
-    if name.startswith(("_xunit_setup", "_unittest_setUpClass")):
+    if definition.argname.startswith(("_xunit_setup", "_unittest_setUpClass")):
         return True
     code = getattr(_unwrapped(definition.func), "__code__", None)
-    if code is None:
-        return True
-    return not code.co_filename.startswith(_installed())
+    return code is None or not code.co_filename.startswith(_installed())
 
 
 def _unwrapped(function: object) -> object:
@@ -56,8 +73,9 @@ def _installed() -> tuple[str, ...]:
 
 
 def _node_of(item: pytest.Item, scope: str) -> str:
-    wanted = {"class": "Class", "module": "Module", "package": "Package"}[scope]
+    if scope == "session":
+        return ""
     for node in reversed(item.listchain()):
-        if any(one.__name__ == wanted for one in type(node).__mro__):
+        if any(one.__name__ == _NODES[scope] for one in type(node).__mro__):
             return node.nodeid
     return item.nodeid.partition("::")[0]  # no such node above: the file bounds it

@@ -19,14 +19,18 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.wire import Channel
 
 
-def start_zygote(session: pytest.Session) -> ZygoteLink:
+def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
     """Start the zygote that collects with this session's configuration; returns at once.
 
     A fork keeps configuration, plugins and hash seed, and needs no second start. It is safe only
     while this process has one native thread (`threading` sees Python's only; those of an xdist
     worker or a BLAS hold locks that no child can release) and no torch.
+
+    Args:
+        session: about to collect.
+        fresh: never fork, because the session is past its collection.
     """
-    if native_threads() == 1 and "torch" not in sys.modules:
+    if not fresh and native_threads() == 1 and "torch" not in sys.modules:
 
         def serve(channel: Channel, controller: int) -> NoReturn:
             from pytest_ranks.launch import session as rank_session
@@ -45,6 +49,8 @@ def _configuration(config: pytest.Config) -> Configure:
     arguments = [str(argument) for argument in config.invocation_params.args]
     if config.pluginmanager.has_plugin("pytest_cov"):
         arguments.append("--no-cov")
+    # this package is imported before pytest can mark it for rewriting; with -W error that ends it
+    arguments += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
     kept: dict[str, object] = {
         "numprocesses": None,
         "maxprocesses": None,

@@ -1,0 +1,47 @@
+"""Warnings that pytest recorded on ranks, recorded again in the controller: no report has them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from pytest_ranks.launch.wire import Finished
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.wire import Warned
+
+
+def forward_warnings(config: pytest.Config, runs: list[RankRun]) -> None:
+    """Record the warnings of all ranks, equal ones once."""
+    seen: set[Warned] = set()
+    for run in runs:
+        for message in run.messages:
+            for warned in message.warnings if isinstance(message, Finished) else ():
+                if warned not in seen:
+                    seen.add(warned)
+                    _record(config, warned)
+
+
+def _record(config: pytest.Config, warned: Warned) -> None:
+    module, _, name = warned.category.partition(":")
+    category: Any = getattr(sys.modules.get(module), name, UserWarning)
+    if not (isinstance(category, type) and issubclass(category, Warning)):
+        category = UserWarning
+    try:
+        text: Warning | str = category(warned.text)
+    except TypeError:
+        text = warned.text
+    config.hook.pytest_warning_recorded.call_historic(
+        kwargs={
+            "warning_message": warnings.WarningMessage(
+                text, category, warned.filename, warned.lineno
+            ),
+            "when": warned.when,
+            "nodeid": warned.node_id,
+            "location": warned.location,
+        }
+    )
