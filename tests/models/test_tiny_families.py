@@ -13,6 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from pytest_ranks.models import byte_tokenizer, causal_lm_families, tiny_model
+from pytest_ranks.models.shrink import own_fields
 
 FAMILIES = (
     "deepseek_v3",
@@ -120,6 +121,25 @@ def test_grouped_query_attention(family: str) -> None:
     assert attention.k_proj.out_features == attention.v_proj.out_features == 32
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "mamba", "xlm"])
+def test_logits_depend_on_earlier_tokens_alone(family: str) -> None:
+    model = tiny_model(family).eval()
+    inputs = batch()
+    with torch.no_grad():
+        one = model(**inputs).logits
+        inputs["input_ids"][:, 20] = (inputs["input_ids"][:, 20] + 1) % 256
+        difference = (one - model(**inputs).logits).abs().amax((0, 2))
+    assert difference[:20].max() < 1e-5
+    assert difference[20:].max() > 1e-5
+
+
+def test_special_ids_also_where_the_config_has_no_field_for_them() -> None:
+    model = tiny_model("gemma3")
+    assert "pad_token_id" not in own_fields(type(model.config))
+    for holder in (model.config, model.generation_config):
+        assert (holder.pad_token_id, holder.bos_token_id, holder.eos_token_id) == (256, 257, 258)
+
+
 def test_mixture_has_few_experts_and_uses_some() -> None:
     config = tiny_model("qwen3_moe").config
     assert (config.num_experts, config.num_experts_per_tok) == (4, 2)
@@ -198,6 +218,7 @@ def test_overrides_and_what_follows_them() -> None:
     assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (128, 16, 4)
     assert tiny_model("llama", num_attention_heads=1).config.num_key_value_heads == 1
     assert tiny_model("gpt2", hidden_size=32).config.n_embd == 32  # the family's name for it
+    assert tiny_model("gpt2", max_position_embeddings=300).config.n_positions == 300
     config = tiny_model("qwen3", num_attention_heads=6, head_dim=16, num_key_value_heads=3).config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 3, 16)
     model = tiny_model("llama", vocab_size=1000)
@@ -225,8 +246,9 @@ def test_a_switch_decides_the_kinds_of_layers() -> None:
 
 
 def test_override_reaches_the_text_part_of_a_composite() -> None:
-    config = tiny_model("gemma3", num_hidden_layers=3).config
+    config = tiny_model("gemma3", num_hidden_layers=3, rms_norm_eps=0.5).config
     assert config.text_config.num_hidden_layers == 3
+    assert config.text_config.rms_norm_eps == 0.5
     assert len(config.text_config.layer_types) == 3
 
 
