@@ -35,7 +35,7 @@ def command(*arguments, ranks=None):
         [*launcher, "-m", "pytest_ranks.reference", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
@@ -112,6 +112,17 @@ def test_bad_input_is_one_sentence_and_exit_status_2(folder, options, text):
     assert len(errors) == 1
 
 
+def test_another_runs_folder_is_not_written_over(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "metrics.jsonl").write_text("{}")
+    result = invoke("model", "data.jsonl", "--out-dir", "out")
+    assert result.exit_code == 2
+    assert "holds another run; choose another folder, or go on with that run: " in result.stderr
+    result = invoke("model", "data.jsonl", "--out-dir", "data.jsonl")
+    assert result.exit_code == 2
+    assert "error: --out-dir=data.jsonl is a file; expected a folder." in result.stderr
+
+
 def test_bad_input_in_a_process_of_its_own_has_no_traceback(folder):
     result = command("model", "none.jsonl", "--out-dir", "out")
     assert result.returncode == 2
@@ -127,7 +138,7 @@ def test_a_missing_package_is_named(folder, module):
         "from pytest_ranks.reference.__main__ import main; main()"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 2
     assert result.stderr == (

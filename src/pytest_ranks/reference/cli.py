@@ -86,6 +86,7 @@ def run(given: dict[str, Any]) -> None:
     """
     files = {name: given.pop(name) for name in ("model", "samples", "eval_data")}
     config = make_config(given)
+    check_folder(config)
     samples = JsonlDataset(files["samples"])
     eval_samples = JsonlDataset(files["eval_data"]) if files["eval_data"] else None
     torch.manual_seed(config.seed)
@@ -131,6 +132,23 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     options["betas"] = (options.pop("beta1"), options.pop("beta2"))
     options["max_grad_norm"] = options["max_grad_norm"] or None
     return TrainConfig(**options)
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Refuse to write over another run.
+
+    Raises:
+        BadInputError: the output folder is a file, or holds a run that this one does not resume.
+    """
+    assert config.out_dir is not None
+    folder = Path(config.out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise BadInputError(f"--out-dir={folder} is a file; expected a folder.")
+    if (folder / "metrics.jsonl").exists() and config.resume_from is None:
+        raise BadInputError(
+            f"--out-dir={folder} holds another run; choose another folder, or go on with that run: "
+            f"--resume-from {folder}"
+        )
 
 
 def load_aligned(folder: Path) -> tuple[Any, Any]:
