@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SUBJECT = "pytest_ranks.subjects.reference:ReferenceTrainer"
 
-_BOUND_KEY = pytest.StashKey[list["BoundCheck"]]()
+_BOUND_KEY: pytest.StashKey[list[BoundCheck]] = pytest.StashKey()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -37,8 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the suites' order, whatever shuffles tests: the checks of the adapter come first, they gate the rest."""
     from pytest_ranks.conformance.parametrize import CheckItem
 
-    if config.stash.get(_BOUND_KEY, None):
-        place = {bound: index for index, bound in enumerate(config.stash[_BOUND_KEY])}
+    checks: list[BoundCheck] = config.stash.get(_BOUND_KEY, [])
+    if checks:
+        place = {bound: index for index, bound in enumerate(checks)}
         items.sort(key=lambda item: place[item.bound] if isinstance(item, CheckItem) else -1)
 
 

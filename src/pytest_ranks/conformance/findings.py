@@ -77,15 +77,19 @@ class Finding(Exception):
 
     def text(self, check: str) -> str:
         """Return the finding as a user reads it."""
-        lines = [
-            f"{check}: {self.rule}",
-            f"  found:     {self.found}",
-            f"  tolerance: {self.tolerance}",
-        ]
-        lines += [f"  likely:    {self.cause or 'cause unknown'}"]
-        for label, value in (("where", self.where), ("like", self.reference), ("run", self.run)):
-            if value:
-                lines.append(f"  {label + ':':<10} {value}")
+        found, _, details = self.found.partition("\n")
+        rows = {
+            "found": found,
+            "tolerance": self.tolerance,
+            "likely": self.cause or "cause unknown",
+            "where": self.where,
+            "like": self.reference,
+            "run": self.run,
+        }
+        lines = [f"{check}: {self.rule}"]
+        lines += [f"  {label + ':':<10} {value}" for label, value in rows.items() if value]
+        if details:
+            lines.append(details.strip("\n"))
         return "\n".join(lines)
 
 

@@ -123,7 +123,10 @@ class Job:
         import torch
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
+        from pytest_ranks.models.ledger import quiet
+
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
 
     def write_data(self, path: str | Path, *, format: str = "tokens") -> Path:
         """Write the samples as JSONL.

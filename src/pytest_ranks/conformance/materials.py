@@ -11,7 +11,7 @@ import torch
 
 from pytest_ranks.conformance.oracle import Weights, summed_gradient
 from pytest_ranks.models.corpora import EOS_ID
-from pytest_ranks.models.ledger import LEDGER_VOCAB, LedgerTable, id_tokenizer, ledger_llama
+from pytest_ranks.models.ledger import LEDGER_VOCAB, LedgerTable, id_tokenizer, ledger_llama, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,8 +67,13 @@ class Materials:
         """Return the directory of a model, written at the first request; empty for the table, which has none."""
         if model == "ledger_table":
             return ""
-        build = ledger_llama if model == "ledger" else lambda: tiny_llama(dropout=dropout)
-        return self._once(f"{model}-dropout{dropout:g}", lambda path: build().save_pretrained(path))
+
+        def write(path: Path) -> None:
+            built = ledger_llama() if model == "ledger" else tiny_llama(dropout=dropout)
+            with quiet():
+                built.save_pretrained(path)
+
+        return self._once(f"{model}-dropout{dropout:g}", write)
 
     def tokenizer_dir(self, pad_id: int) -> str:
         """Return the directory of a tokenizer whose words are the ids."""

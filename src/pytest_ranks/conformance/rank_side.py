@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pytest_ranks.conformance.subject import SubjectRef, Trained, validated
+from pytest_ranks.errors import BadInputError
 from pytest_ranks.observe.spies import watch
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ PARAMETERS = "parameters.safetensors"
 HISTORY = "history.json"
 
 
-def train_on_rank(ref: SubjectRef, jobs: Sequence[Job], folders: Sequence[str]) -> list[Observed]:
+def train_on_rank(
+    ref: SubjectRef, jobs: Sequence[Job], folders: Sequence[str]
+) -> list[Observed] | str:
     """Train each job in turn in this process; rank 0 writes what came out.
 
     Args:
@@ -31,10 +34,8 @@ def train_on_rank(ref: SubjectRef, jobs: Sequence[Job], folders: Sequence[str]) 
         folders: where the results of each go.
 
     Returns:
-        What this rank's spies saw, for each job.
-
-    Raises:
-        BadInputError: when the subject returns something else than a `Trained`.
+        What this rank's spies saw, for each job; or, when the subject returned something else than
+        a `Trained`, one sentence about it.
     """
     torch.set_num_threads(1)  # also the fastest for models of this size, and deterministic
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -46,7 +47,11 @@ def train_on_rank(ref: SubjectRef, jobs: Sequence[Job], folders: Sequence[str]) 
             result = subject.train(job)
         observed.append(seen)
         if rank == 0:
-            _write(validated(result, ref=str(ref)), Path(folder), str(ref))
+            try:
+                trained = validated(result, ref=str(ref))
+            except BadInputError as error:
+                return str(error)
+            _write(trained, Path(folder), str(ref))
     return observed
 
 

@@ -61,25 +61,42 @@ class Run:
     observed: tuple[Observed, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken:
+    """A run without a result.
+
+    Attributes:
+        text: what happened.
+        cause: the likely cause.
+        refused: the subject returned something that is no result.
+    """
+
+    text: str
+    cause: str = ""
+    refused: bool = False
+
+
 class Session:
     """What all checks of one subject share: its ranks, its materials, the runs that are done.
 
     Args:
         subject: a class, or a text such as "mylib.testing:MyTrainer".
         folder: where models and runs are written.
+        device: "cpu", or "cuda" for ranks with a GPU each.
 
     Raises:
         BadInputError: when the subject cannot be used.
     """
 
-    def __init__(self, subject: object, folder: Path) -> None:
+    def __init__(self, subject: object, folder: Path, *, device: str = "cpu") -> None:
         self.ref = find_subject(subject)
         self.folder = folder
+        self.device = device
         self._host: RankHost | None = None
         self.host()  # starts importing in the background, while this process imports the subject
         self.capabilities: Capabilities = inspect_subject(self.ref)
         self.materials = Materials(folder)
-        self._runs: dict[str, list[Run] | str] = {}
+        self._runs: dict[str, list[Run] | Broken] = {}
         self.gates: dict[Setting, Exception | None] = {}
 
     def host(self) -> RankHost:
@@ -102,6 +119,7 @@ class Session:
 
         Raises:
             Finding: when the subject raised, died or did not finish.
+            AdapterError: when it returned something else than a `Trained`.
         """
         name = "-".join([job.key() for job in jobs])
         slug = re.sub(r"\W+", "-", f"{self.ref.module.rpartition('.')[2]}-{self.ref.name}").strip(
@@ -113,17 +131,21 @@ class Session:
                 record = folder / "run.pickle"
                 if not record.exists():
                     folder.mkdir(parents=True, exist_ok=True)
-                    record.write_bytes(pickle.dumps(self._launch(jobs, folder)))
+                    half = record.with_suffix(".half")
+                    half.write_bytes(pickle.dumps(self._launch(jobs, folder)))
+                    half.rename(record)
                 self._runs[name] = self._read(jobs, folder, pickle.loads(record.read_bytes()))
         runs = self._runs[name]
-        if isinstance(runs, str):
+        if isinstance(runs, Broken):
+            if runs.refused:
+                raise AdapterError(runs.text)
             raise Finding(
-                "train(job) MUST return", runs, cause="see the traceback", run=str(folder)
+                "train(job) MUST return", runs.text, tolerance="", cause=runs.cause, run=str(folder)
             )
         return runs
 
-    def _launch(self, jobs: Sequence[Job], folder: Path) -> list[list[Observed]] | str:
-        """Return what each rank saw of each job, or the text of the failure."""
+    def _launch(self, jobs: Sequence[Job], folder: Path) -> list[list[Observed]] | Broken:
+        """Return what each rank saw of each job, or why there is nothing to see."""
         placed = [
             dataclasses.replace(job, out_dir=str(folder / f"out{index}"))
             for index, job in enumerate(jobs)
@@ -133,7 +155,7 @@ class Session:
             (folder / f"job{index}.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
         alone = jobs[0].strategy == "single" or self.capabilities.launch == "self"
         try:
-            results: list[list[Observed]] = self.host().run(
+            results: list[list[Observed] | str] = self.host().run(
                 "pytest_ranks.conformance.rank_side:train_on_rank",
                 world_size=1 if alone else jobs[0].world_size,
                 args=(
@@ -142,19 +164,23 @@ class Session:
                     [str(folder / f"result{index}") for index in range(len(jobs))],
                 ),
                 timeout=sum(job.timeout for job in jobs),
+                backend="nccl" if self.device == "cuda" else "gloo",
                 init=not alone and self.capabilities.process_group == "ours",
                 rank_variables=not alone,
             )
         except RankTimeout as error:
-            return f"no result in {sum(job.timeout for job in jobs):g} s: {error}"
+            return Broken(text=str(error), cause="ranks wait for each other, or the run is endless")
         except RankFailure as error:
-            return str(error)
-        return results
+            return Broken(text=str(error), cause="train(job) raised, or a rank died")
+        refused = next((result for result in results if isinstance(result, str)), None)
+        if refused is not None:
+            return Broken(text=refused, refused=True)
+        return [result for result in results if not isinstance(result, str)]
 
     def _read(
-        self, jobs: Sequence[Job], folder: Path, seen: list[list[Observed]] | str
-    ) -> list[Run] | str:
-        if isinstance(seen, str):
+        self, jobs: Sequence[Job], folder: Path, seen: list[list[Observed]] | Broken
+    ) -> list[Run] | Broken:
+        if isinstance(seen, Broken):
             return seen
         from safetensors.torch import load_file
 
@@ -201,6 +227,7 @@ class Bench:
             model_dir=self.materials.model_dir(model, dropout=dropout),
             tokenizer_dir=self.materials.tokenizer_dir(fields["pad_token_id"]),
             samples=corpus.samples,
+            device=self.session.device,
             strategy=self.setting.strategy,  # type: ignore[arg-type]
             world_size=self.setting.world_size,
             **fields,
@@ -307,7 +334,7 @@ def _gate(bench: Bench) -> None:
         except (AdapterError, NotRun, Inconclusive) as error:
             gates[bench.setting] = error
         except Finding as finding:
-            gates[bench.setting] = AdapterError(f"{finding.rule}: {finding.found}")
+            gates[bench.setting] = AdapterError(f"{finding.rule}: {finding.found.splitlines()[0]}")
     verdict = gates[bench.setting]
     if isinstance(verdict, AdapterError):
         raise AdapterError(f"not run, since subject.honours_job[{bench.setting}] failed: {verdict}")
@@ -321,6 +348,7 @@ def check_trainer(
     suites: Iterable[str] | None = None,
     expected_failures: Mapping[str, str] | None = None,
     folder: str | Path | None = None,
+    device: str = "cpu",
     progress: Callable[[CheckResult], None] | None = None,
 ) -> list[CheckResult]:
     """Run the suites on a trainer, without pytest.
@@ -330,6 +358,7 @@ def check_trainer(
         suites: names of suites or check ids; None means all.
         expected_failures: check id to reason, such as a link to the bug report.
         folder: where runs are kept; None means a temporary one that is removed.
+        device: "cpu", or "cuda" for ranks with a GPU each.
         progress: called with each result as it comes.
 
     Returns:
@@ -339,7 +368,9 @@ def check_trainer(
         BadInputError: when the subject, a suite or an expected failure is none.
     """
     with tempfile.TemporaryDirectory(prefix="pytest-ranks-") as temporary:
-        session = Session(subject, Path(folder) if folder is not None else Path(temporary))
+        session = Session(
+            subject, Path(folder) if folder is not None else Path(temporary), device=device
+        )
         try:
             results = []
             expected = {**session.ref.declared_failures(), **(expected_failures or {})}

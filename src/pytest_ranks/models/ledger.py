@@ -13,13 +13,16 @@ even where several targets were trained after one input token.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pytest_ranks.models.corpora import EOS_ID, NULL_ID
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LEDGER_VOCAB = 256
 """A square, so that the embedding's scale sqrt(V) = 16 is exact in every float format."""
@@ -150,7 +153,15 @@ def id_tokenizer(vocab_size: int = LEDGER_VOCAB, *, pad_id: int = EOS_ID) -> Any
     )
 
 
-def save_pretrained(model: Any, directory: Path) -> Path:
-    """Save a model so that `from_pretrained(directory)` gives it back in float32."""
-    model.save_pretrained(directory, safe_serialization=True)
-    return directory
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars for models that load in milliseconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
