@@ -160,9 +160,9 @@ class ZygoteLink:
             os.close(controller)
         return cls(ours, process.pid, log=log, reap=process.wait, how="fresh")
 
-    def prepare(self, request: Prepare | Configure) -> None:
+    def prepare(self, request: Prepare | Configure, descriptors: tuple[int, ...] = ()) -> None:
         """Have the zygote import modules or become a pytest session; returns at once."""
-        self._send(request)
+        self._send(request, descriptors)
 
     def collect(self, files: tuple[str, ...]) -> None:
         """Have the zygote collect test files; returns at once."""

@@ -53,10 +53,10 @@ _CONTROLLERS = (
 class RankSession:
     """Runs the items of one pytest session inside rank processes, driven by node id."""
 
-    def __init__(self, session: pytest.Session, real_output: tuple[int, int] | None) -> None:
+    def __init__(self, session: pytest.Session, shown: tuple[int, ...]) -> None:
         self._session = session
         self._config = session.config
-        self._real_output = real_output
+        self._shown = shown
         self._items: dict[str, pytest.Item] = {}
         self._errors: dict[str, str] = {}
         self._phases: list[Phase] = []
@@ -90,11 +90,11 @@ class RankSession:
     def prepare(self, output: int) -> tuple[int, ...]:
         """Give this fork capture files of its own: forks share an open file's position."""
         _compat.stop_capture(self._config)
-        if self._real_output is None:
+        if not self._shown:
             os.dup2(output, 1)
             os.dup2(output, 2)
         else:
-            for number, real in enumerate(self._real_output, start=1):
+            for number, real in enumerate(self._shown, start=1):
                 os.dup2(real, number)
         captured = _compat.start_capture(self._config)
         self._baseline = Baseline()
@@ -204,40 +204,47 @@ class _Sibling:
         return self._item.listchain()[:-1]
 
 
-def serve(session: pytest.Session, channel: Channel, controller: int) -> NoReturn:
+def serve(
+    session: pytest.Session, channel: Channel, controller: int, shown: tuple[int, ...] = ()
+) -> NoReturn:
     """Turn this pytest session into a zygote; the call never returns.
 
     Args:
         session: about to collect; its own collection never goes on.
         channel: to the controller.
         controller: pidfd of the controller.
+        shown: where uncaptured output goes, in a fresh process, which has it elsewhere.
     """
     config = session.config
-    real_output = None
     _compat.stop_capture(config)
-    if config.option.capture == "no":
-        real_output = (os.dup(1), os.dup(2))
+    if config.option.capture == "no" and not shown:
+        shown = (os.dup(1), os.dup(2))
     log = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(log, number)
     _compat.start_capture(config)
-    runner = RankSession(session, real_output)
+    runner = RankSession(session, shown)
     Zygote(channel, controller, collect=runner.collect, items=runner).serve()
 
 
-def become(request: Configure, channel: Channel, controller: int) -> NoReturn:
+def become(
+    request: Configure, channel: Channel, controller: int, shown: tuple[int, ...]
+) -> NoReturn:
     """Start a pytest session with the controller's configuration in this fresh process."""
     os.chdir(request.directory)
     sys.path[:] = request.sys_path
-    pytest.main(list(request.arguments), plugins=[_Follower(request, channel, controller)])
+    pytest.main(list(request.arguments), plugins=[_Follower(request, channel, controller, shown)])
     os._exit(1)  # only where the configuration failed; what pytest printed is in the log
 
 
 class _Follower:
     """Steers a fresh session away from running anything of its own."""
 
-    def __init__(self, request: Configure, channel: Channel, controller: int) -> None:
+    def __init__(
+        self, request: Configure, channel: Channel, controller: int, shown: tuple[int, ...]
+    ) -> None:
         self._request = request
+        self._shown = shown
         self._channel = channel
         self._controller = controller
 
@@ -259,7 +266,7 @@ class _Follower:
         """Serve instead of collecting."""
         if isinstance(collector, pytest.Session):
             collector.config.pluginmanager.unregister(self)
-            serve(collector, self._channel, self._controller)
+            serve(collector, self._channel, self._controller, self._shown)
 
 
 def _make_quiet(config: pytest.Config) -> None:

@@ -40,7 +40,8 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
         link = ZygoteLink.start_forked(serve)
     else:
         link = ZygoteLink.start_fresh({**os.environ, **early_variables()}, "--pytest")
-        link.prepare(_configuration(session.config))
+        shown = (1, 2) if session.config.option.capture == "no" else ()
+        link.prepare(_configuration(session.config), shown)
     link.prepare(Prepare(modules=("torch",)))
     return link
 

@@ -164,7 +164,10 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configure:
-    """Become a pytest session with this configuration, in a fresh process."""
+    """Become a pytest session with this configuration, in a fresh process.
+
+    With `-s` the controller's own output comes along, for the ranks to write to.
+    """
 
     arguments: tuple[str, ...]
     directory: str

@@ -251,8 +251,8 @@ def main(arguments: list[str]) -> NoReturn:
     if arguments[2:] == ["--pytest"]:
         from pytest_ranks.launch.session import become
 
-        request, _ = channel.receive()
-        become(request, channel, controller)
+        request, shown = channel.receive()
+        become(request, channel, controller, shown)
     Zygote(channel, controller).serve()
 
 
