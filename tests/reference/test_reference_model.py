@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from pytest_ranks.errors import BadInputError
@@ -65,6 +66,8 @@ def test_export_is_what_from_pretrained_loads(make_model, samples, tmp_path, tie
     trainer = Trainer(config, model=model, samples=samples, tokenizer=tokenizer)
     trainer.train()
     folder = trainer.export(tmp_path / "model")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 - no mapping
     again, tokenizer_again = load_model(folder)
     assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
     trained, reloaded = model.state_dict(), again.state_dict()

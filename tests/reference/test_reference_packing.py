@@ -69,9 +69,17 @@ def test_lpt_mixes_long_with_short():
     assert len(pack_lpt(lengths, 100, 4).micro_batches) == 2
 
 
+@given(lengths=lengths_of_samples, world_size=ranks, shuffle=st.randoms(use_true_random=False))
+def test_lpt_loads_do_not_depend_on_the_order_of_samples(lengths, world_size, shuffle):
+    shuffled = list(lengths)
+    shuffle.shuffle(shuffled)
+    found = loads(pack_lpt(shuffled, CAPACITY, world_size), shuffled)
+    assert found == loads(pack_lpt(lengths, CAPACITY, world_size), lengths)
+
+
 def test_lpt_spreads_loads_evenly():
-    (only,) = loads(pack_lpt([8, 7, 6, 5, 4, 3, 2, 1], 100, 2), [8, 7, 6, 5, 4, 3, 2, 1])
-    assert sorted(only) == [18, 18]
+    lengths = [1, 2, 3, 4, 5, 6, 7, 8]
+    assert loads(pack_lpt(lengths, 100, 2), lengths) == [[18, 18]]
 
 
 def test_greedy_gives_each_sample_to_the_least_loaded_rank():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 from pytest_ranks.errors import BadInputError
@@ -235,6 +236,8 @@ def export_after_training(model, samples, folder):
 def test_sharded_model_is_exported_whole(host, make_model, samples, tmp_path, tied):
     model = make_model(tie_word_embeddings=tied)
     trained, _ = host.run(export_after_training, world_size=2, args=(model, samples, str(tmp_path)))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 - no mapping
     loaded, _ = load_model(tmp_path)
     assert equal(trained, {n: p.detach() for n, p in loaded.named_parameters()})
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
