@@ -100,11 +100,20 @@ def test_mesh(rank):
 
 @pytest.mark.ranks(2)
 def test_own_initialisation(rank):
-    dist.destroy_process_group()
-    dist.init_process_group("gloo")
-    total = torch.ones(1)
-    dist.all_reduce(total)
-    assert total == 2
+    for _ in range(3):
+        dist.init_process_group("gloo")
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        assert total == 2
+        dist.destroy_process_group()
+
+
+@pytest.mark.ranks(2)
+def test_accelerate_joins(rank):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert (accelerator.num_processes, accelerator.process_index) == (2, rank.index)
+    assert accelerator.gather(torch.tensor([rank.index])).tolist() == [0, 1]
 
 
 @pytest.mark.ranks(2)

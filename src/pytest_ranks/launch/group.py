@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import random
@@ -16,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks import _compat
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import (  # type: ignore[attr-defined]
+        PrefixStore,
+        TCPStore,
+    )
     from torch.distributed.device_mesh import DeviceMesh
 
     from pytest_ranks.launch.wire import World
@@ -115,6 +119,57 @@ def seed_everything() -> None:
         torch.manual_seed(SEED)
 
 
+# The group that was initialised for the current run, until the test makes its own.
+_ours: list[ProcessGroup] = []
+# Port of the run's store -> the connection to it and how often a group was initialised there.
+_initialised: dict[str, tuple[TCPStore, int]] = {}
+
+
+def let_tests_initialise() -> None:
+    """Have a plain `init_process_group()` in a test replace the group that the run came with.
+
+    torch refuses a second default group; a trainer that always makes its own would fail in a
+    test for no fault of its own. And it meets under the same keys every time: after a destroy
+    gloo may read the addresses of the group before ("connection refused"). Called once, right
+    after torch was imported and before anything can import the name.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    original = dist.init_process_group
+
+    @functools.wraps(original)
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        if _ours:
+            _ours[0].drop()
+        says_where = len(args) > 1 or kwargs.get("init_method") or kwargs.get("store")
+        if not says_where and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            kwargs["store"] = _next_store()
+            kwargs.pop("init_method", None)
+            kwargs.setdefault("rank", int(os.environ["RANK"]))
+            kwargs.setdefault("world_size", int(os.environ["WORLD_SIZE"]))
+        return original(*args, **kwargs)
+
+    dist.init_process_group = init_process_group
+    distributed_c10d.init_process_group = init_process_group
+
+
+def _next_store() -> PrefixStore:
+    """Return the run's own store under a prefix that was not used in this run."""
+    import torch.distributed as dist
+
+    port = os.environ["MASTER_PORT"]
+    if port not in _initialised:
+        _initialised.clear()
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(port), is_master=False, wait_for_workers=False
+        )
+        _initialised[port] = (store, 0)
+    store, count = _initialised[port]
+    _initialised[port] = (store, count + 1)
+    return dist.PrefixStore(f"initialisation{count}", store)  # type: ignore[attr-defined]
+
+
 class ProcessGroup:
     """The default process group of the runs of one rank process.
 
@@ -161,6 +216,7 @@ class ProcessGroup:
             timeout=timedelta(seconds=rendezvous.seconds),
         )
         self._kept = world.keep_group
+        _ours[:] = [self]
 
     def mesh(self, world: World) -> DeviceMesh | None:
         """Return the mesh of the run, made at the first call on all ranks."""
@@ -188,6 +244,7 @@ class ProcessGroup:
         """
         self._kept = False
         self._mesh = None
+        _ours.clear()
         dist = sys.modules.get("torch.distributed")
         if dist is None or not dist.is_available() or not dist.is_initialized():
             return

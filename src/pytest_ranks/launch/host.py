@@ -59,7 +59,7 @@ class RankHost:
         self._link = ZygoteLink.start_fresh(environment)
         self._link.prepare(
             Prepare(
-                modules=("pickle", *preload),
+                modules=tuple(preload),
                 sys_path=tuple(sys.path if sys_path is None else sys_path),
                 working_directory=os.getcwd(),
                 environment=dict(env or {}),

@@ -23,9 +23,8 @@ MOST_FILES = 3000
 
 def before_collection(session: pytest.Session) -> None:
     """Start the zygote at once where a file to collect has the mark `ranks` in its bytes."""
-    if not _may_run(session) or not _is_likely(session):
-        return
-    _plugin(session).start()
+    if _may_run(session) and _is_likely(session) and _has_torch():
+        _plugin(session).start()
 
 
 def after_collection(session: pytest.Session) -> None:
@@ -33,15 +32,17 @@ def after_collection(session: pytest.Session) -> None:
     if not _may_run(session):
         return
     items = [item for item in session.items if _asks_for_ranks(item)]
-    if items:
+    if items and _has_torch():  # else they are skipped with the reason
         _plugin(session).take_over(items)
 
 
 def _may_run(session: pytest.Session) -> bool:
     config = session.config
     # the plugin of that name makes a session the zygote's, where items run for real
-    if config.pluginmanager.has_plugin("ranks-session") or config.option.collectonly:
-        return False
+    return not (config.pluginmanager.has_plugin("ranks-session") or config.option.collectonly)
+
+
+def _has_torch() -> bool:
     return find_spec("torch") is not None
 
 

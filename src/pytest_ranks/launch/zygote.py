@@ -19,7 +19,12 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pytest_ranks.launch.group import LOOPBACK, early_variables, scrub_rank_variables
+from pytest_ranks.launch.group import (
+    LOOPBACK,
+    early_variables,
+    let_tests_initialise,
+    scrub_rank_variables,
+)
 from pytest_ranks.launch.processes import (
     become_subreaper,
     children,
@@ -196,6 +201,8 @@ def _prepare(request: Prepare) -> None:
         module, _, name = entry.partition(":")
         with contextlib.suppress(Exception):  # the rank will meet it where it can be reported
             found = importlib.import_module(module)
+            if module == "torch":
+                let_tests_initialise()
             if name:  # packages that import on demand do so when the name is looked up
                 getattr(found, name)
     gc.collect()
