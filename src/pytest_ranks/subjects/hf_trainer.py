@@ -84,7 +84,16 @@ class HFTrainer:
         )
         trainer.remove_callback(PrinterCallback)  # it prints each row of the log
         trainer.train()
-        history = [row for row in trainer.state.log_history if "loss" in row]
+        history = [
+            {
+                "step": row["step"],
+                "loss": row["loss"],
+                "lr": row["learning_rate"],
+                "grad_norm": row["grad_norm"],
+            }
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
         return Trained(parameters=full_parameters(trainer.model), history=history)
 
     def arguments(self, job: Job) -> TrainingArguments:
