@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_ranks.conformance.factors import L2, L3, wrong_factors
 from pytest_ranks.conformance.findings import Hypothesis
 from pytest_ranks.conformance.reading import Reading, counts_by_sample
-from pytest_ranks.models.corpora import IGNORE
 
 if TYPE_CHECKING:
     from pytest_ranks.conformance.reading import MicroBatch
@@ -23,13 +23,8 @@ Pair = tuple[int, int]
 Formula = Callable[["MicroBatch", int], float]
 
 L1 = "https://github.com/huggingface/transformers/pull/34191"
-L2 = "https://github.com/huggingface/transformers/issues/35663"
-L3 = "https://github.com/huggingface/transformers/issues/40052"
-L8 = "https://github.com/verl-project/verl/pull/3332"
-S1 = "https://github.com/meta-pytorch/torchtune/pull/2172"
 S2 = "https://github.com/PrimeIntellect-ai/prime-rl/pull/2562"
 PICOTRON = "https://github.com/huggingface/picotron/pull/5"
-S3 = "https://github.com/huggingface/transformers/issues/39648"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +47,8 @@ class Prediction:
 def weight_hypotheses(readings: Sequence[Reading]) -> list[Hypothesis]:
     """Return every known formula with how far it is, at worst, from the weights that were read.
 
-    One layout does not tell formulas apart that differ in gradient accumulation, so a formula must explain all of them. One
-    that has no say in a layout (a division by 1) predicts the right weights there.
+    One layout does not tell formulas apart that differ in gradient accumulation: a formula must explain all of them.
+    One that has no say in a layout (a division by 1) predicts the right weights there.
 
     Args:
         readings: the ledger of the same global batch in one or several layouts.
@@ -131,97 +126,33 @@ def predictions(reading: Reading) -> list[Prediction]:
 
 def _uniform(reading: Reading) -> list[Prediction]:
     """Return the formulas that scale every token alike."""
-    job, total = reading.run.job, reading.count
-    ranks, steps = job.world_size, job.gradient_accumulation_steps
-    samples = reading.corpus.samples
-    unshifted = sum(label != IGNORE for sample in samples for label in sample["labels"])
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
-    fed = sum(batch.tokens for batch in reading.batches)
-    table = [
-        (
-            "sum / R",
-            f"gradients are averaged over the {ranks} ranks and the loss is not multiplied by world_size: "
-            f"every weight is 1/{ranks} of the oracle's",
-            S1,
-            1 / ranks,
-            ranks > 1,
-        ),
-        (
-            "x R",
-            f"the loss is multiplied by world_size ({ranks}) once too often, or the token count is averaged over ranks",
-            S3,
-            float(ranks),
-            ranks > 1,
-        ),
-        (
-            "/ A",
-            f"the loss is divided by gradient_accumulation_steps ({steps}) once too often",
-            L3,
-            1 / steps,
-            steps > 1,
-        ),
-        (
-            "x A",
-            f"loss and gradients are multiplied by gradient_accumulation_steps ({steps})",
-            L2,
-            float(steps),
-            steps > 1,
-        ),
-        (
-            "unshifted count",
-            f"the denominator counts {unshifted - total} first tokens that the causal shift drops: "
-            f"{unshifted} in place of {total}",
-            "",
-            total / unshifted,
-            unshifted != total,
-        ),
-        (
-            "count of all tokens",
-            f"the denominator counts all {tokens} tokens, prompts included, in place of {total}",
-            "",
-            total / tokens,
-            True,
-        ),
-        (
-            "count of all positions",
-            f"the denominator counts all {fed} positions fed, padding included",
-            "",
-            total / fed if fed else 0.0,
-            fed > 0,
-        ),
-        (
-            "sum",
-            "the loss is a sum: it is not divided by the number of tokens",
-            L8,
-            float(total),
-            True,
-        ),
-        (
-            "sum, mean over ranks",
-            f"the loss is a sum, averaged over the {ranks} ranks",
-            L8,
-            total / ranks,
-            ranks > 1,
-        ),
-        *(
-            (
-                f"loss scale {power}",
-                f"gradients are {word} the loss scale of {2**power} that mixed precision in float16 uses",
-                "https://github.com/deepspeedai/DeepSpeed/pull/7839",
-                2.0 ** (power * sign),
-                True,
-            )
-            for power in range(10, 17)
-            for sign, word in ((-1, "divided by"), (1, "still multiplied by"))
-        ),
-        ("nothing", "nothing was trained: every weight is 0", "", 0.0, True),
-    ]
-    pairs = reading.wanted
     return [
-        Prediction(formula=name, cause=cause, reference=link, weights=dict.fromkeys(pairs, factor))
-        for name, cause, link, factor, applies in table
+        Prediction(
+            formula=name,
+            cause=cause,
+            reference=link,
+            weights=dict.fromkeys(reading.wanted, factor),
+        )
+        for name, cause, link, factor, applies in wrong_factors(reading)
         if applies
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """Which tokens were where: the letters of the formulas."""
+
+    total: int
+    counts: list[int]
+    ranks: int
+    forwards: Counter[int]
+    last: int
+    several: bool
+    per_rank: Counter[int]
+
+    def inside(self, batch: MicroBatch) -> int:
+        """Return the tokens of a micro-batch, at least 1."""
+        return max(sum(self.counts[sample] for sample in batch.samples), 1)
 
 
 def _per_batch(reading: Reading) -> list[Prediction]:
@@ -229,91 +160,122 @@ def _per_batch(reading: Reading) -> list[Prediction]:
     batches = reading.batches
     if not batches:
         return []
-    counts, total = counts_by_sample(reading.corpus), reading.count
-    ranks = len({batch.rank for batch in batches})
+    counts = counts_by_sample(reading.corpus)
     forwards = Counter(batch.rank for batch in batches)
-    last = max(forwards.values()) - 1
     per_rank: Counter[int] = Counter()
     for batch in batches:
         per_rank[batch.rank] += sum(counts[sample] for sample in batch.samples)
-    trained = sum(count > 0 for count in counts)
-    mean_of_means = _mean_of_means(reading, counts)
+    at = _Layout(
+        total=reading.count,
+        counts=counts,
+        ranks=len(forwards),
+        forwards=forwards,
+        last=max(forwards.values()) - 1,
+        several=len(batches) > 1,
+        per_rank=per_rank,
+    )
+    table = [*_means(reading, at), *_own_counts(at), *_lost_gradients(at)]
+    return [
+        Prediction(formula=name, cause=cause, reference=link, weights=_by_batch(reading, formula))
+        for name, cause, link, formula, applies in table
+        if applies
+    ]
 
-    def inside(batch: MicroBatch) -> int:
-        return max(sum(counts[sample] for sample in batch.samples), 1)
 
-    several = len(batches) > 1
-    table: list[tuple[str, str, str, Formula, bool]] = [
+Row = tuple[str, str, str, Formula, bool]
+"""The formula's name, its cause, a public issue, the formula, and whether it has a say in the layout."""
+
+
+def _means(reading: Reading, at: _Layout) -> list[Row]:
+    """Return means of micro-batches in place of the global batch's."""
+    total, ranks = at.total, at.ranks
+    mean_of_means = _mean_of_means(reading, at.counts)
+    return [
         (
             "mean of means",
             "the loss is the mean of micro-batch means: each micro-batch is divided by its own token count, "
             "then averaged over micro-batches and ranks",
             L1,
             mean_of_means,
-            several,
+            at.several,
         ),
         (
             "sum of means",
             "each micro-batch's mean is added up over gradient accumulation without dividing",
             L2,
-            lambda batch, _: total / (inside(batch) * ranks),
-            several,
+            lambda batch, _: total / (at.inside(batch) * ranks),
+            at.several,
         ),
         (
             "own count",
             "each micro-batch is divided by its own token count in place of the global batch's",
             L1,
-            lambda batch, _: total / inside(batch),
-            several,
+            lambda batch, _: total / at.inside(batch),
+            at.several,
         ),
         (
             "mean / N",
             "each micro-batch's loss is a mean already, and is divided by the global token count once more",
             "",
-            lambda batch, _: 1 / inside(batch),
+            lambda batch, _: 1 / at.inside(batch),
             True,
         ),
         (
             "mean of means / A",
             "the mean of micro-batch means is divided by gradient_accumulation_steps once more",
             L3,
-            lambda batch, sample: mean_of_means(batch, sample) / forwards[batch.rank],
-            several,
+            lambda batch, sample: mean_of_means(batch, sample) / at.forwards[batch.rank],
+            at.several,
         ),
+    ]
+
+
+def _own_counts(at: _Layout) -> list[Row]:
+    """Return denominators of one rank or one sample."""
+    total, ranks = at.total, at.ranks
+    trained = sum(count > 0 for count in at.counts)
+    return [
         (
             "rank's count",
             "each rank divides by its own token count: the count is not summed over ranks",
             S2,
-            lambda batch, _: total / (max(per_rank[batch.rank], 1) * ranks),
+            lambda batch, _: total / (max(at.per_rank[batch.rank], 1) * ranks),
             ranks > 1,
         ),
         (
             "rank's count, sum over ranks",
             "each rank divides by its own token count, and gradients are added over ranks",
             S2,
-            lambda batch, _: total / max(per_rank[batch.rank], 1),
+            lambda batch, _: total / max(at.per_rank[batch.rank], 1),
             ranks > 1,
         ),
         (
             "sequences",
             "each sample weighs the same, whatever its length (mean over sequences)",
             "",
-            lambda _, sample: total / (max(counts[sample], 1) * trained),
+            lambda _, sample: total / (max(at.counts[sample], 1) * trained),
             True,
         ),
+    ]
+
+
+def _lost_gradients(at: _Layout) -> list[Row]:
+    """Return what is left when gradients of some micro-batches or ranks are lost."""
+    ranks = at.ranks
+    return [
         (
             "last only",
             "only the last micro-batch of each rank was trained: the gradients of the others are lost",
             "",
-            lambda batch, _: float(batch.index == forwards[batch.rank] - 1),
-            last > 0,
+            lambda batch, _: float(batch.index == at.forwards[batch.rank] - 1),
+            at.last > 0,
         ),
         (
             "first only",
             "only the first micro-batch of each rank was trained",
             "",
             lambda batch, _: float(batch.index == 0),
-            last > 0,
+            at.last > 0,
         ),
         *(
             (
@@ -330,21 +292,16 @@ def _per_batch(reading: Reading) -> list[Prediction]:
             "last reduced",
             "gradients before the last micro-batch are not reduced: each rank keeps its own",
             PICOTRON,
-            lambda batch, _: 1.0 if batch.index == last else float(ranks * (batch.rank == 0)),
-            ranks > 1 and last > 0,
+            lambda batch, _: 1.0 if batch.index == at.last else float(ranks * (batch.rank == 0)),
+            ranks > 1 and at.last > 0,
         ),
         (
             "first reduced",
             "gradients after the first micro-batch are not reduced: each rank keeps its own",
             PICOTRON,
             lambda batch, _: 1.0 if batch.index == 0 else float(ranks * (batch.rank == 0)),
-            ranks > 1 and last > 0,
+            ranks > 1 and at.last > 0,
         ),
-    ]
-    return [
-        Prediction(formula=name, cause=cause, reference=link, weights=_by_batch(reading, formula))
-        for name, cause, link, formula, applies in table
-        if applies
     ]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_ranks.conformance import oracle
 from pytest_ranks.conformance.causes import expected_weights, weight_hypotheses
 from pytest_ranks.conformance.findings import MATCH, Finding, Hypothesis, Inconclusive, diagnose
+from pytest_ranks.conformance.inputs import padding_before_tokens
 from pytest_ranks.conformance.positions import nothing_trained
 from pytest_ranks.conformance.reading import read_step
 from pytest_ranks.conformance.update_causes import update_hypotheses
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from pytest_ranks.conformance.reading import Reading
     from pytest_ranks.conformance.runner import Bench, Run
+    from pytest_ranks.models.corpora import Corpus
 
 LEDGER_TOLERANCE = 1e-5
 """On weight x N: float32 noise on the ledger is 1e-7, the smallest error of a wrong formula that was tried 2.5e-2."""
@@ -132,6 +134,7 @@ def judge_update(
     wanted: oracle.Weights,
     *,
     rule: str,
+    corpus: Corpus = CORPUS,
     tolerance: float = UPDATE_TOLERANCE,
 ) -> None:
     """Compare an update with the one that it should be.
@@ -144,7 +147,7 @@ def judge_update(
         return
     factor, rest = oracle.best_factor(update, wanted)
     name, off = oracle.worst_tensor(update, wanted)
-    cause, reference = explain_update(bench, run, update)
+    cause, reference = explain_update(bench, run, update, corpus=corpus)
     raise Finding(
         rule,
         f"relative error {error:.1e}; update = {factor:.4f} x the oracle's + {rest:.1e}; "
@@ -157,14 +160,19 @@ def judge_update(
     )
 
 
-def explain_update(bench: Bench, run: Run, update: oracle.Weights) -> tuple[str, str]:
+def explain_update(
+    bench: Bench, run: Run, update: oracle.Weights, *, corpus: Corpus = CORPUS
+) -> tuple[str, str]:
     """Return the formula that predicts a wrong update on `CORPUS`, and its public issue."""
     if not any(value.any() for value in update.values()):
         return nothing_trained(run)
-    hypotheses = update_hypotheses(run, CORPUS, bench.materials, update)
+    attended = padding_before_tokens(run, corpus)
+    if attended:
+        return attended, "https://github.com/axolotl-ai-cloud/axolotl/pull/2227"
+    hypotheses = update_hypotheses(run, corpus, bench.materials, update)
     if min(entry.error for entry in hypotheses) > MATCH:
         wanted, _ = oracle.gradient(
-            bench.materials.initial("llama"), bench.materials.config(), CORPUS.samples
+            bench.materials.initial("llama"), bench.materials.config(), corpus.samples
         )
         factor, rest = oracle.best_factor(update, wanted)
         hypotheses.append(

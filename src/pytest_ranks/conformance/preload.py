@@ -19,6 +19,7 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
+    "pytest_ranks.conformance.warm:conversions",
     "pytest_ranks.conformance.rank_side",
     "pytest_ranks.models.ledger",
 )

@@ -33,7 +33,7 @@ class Leak:
 
 
 def flip_test(job: Job, forward: Forward, corpus: Corpus) -> Leak | None:
-    """Replay a batch in eval mode, change the first document of each row, and look at the others.
+    """Replay a batch in eval mode, change one document of each row after the other, and look at the rest.
 
     The comparison is exact: tokens that may not be attended to have weight 0, whatever they are.
 
@@ -51,24 +51,33 @@ def flip_test(job: Job, forward: Forward, corpus: Corpus) -> Leak | None:
         for row in forward.input_ids
     ]
     owners = [_with_ends(row, forward.input_ids[index]) for index, row in enumerate(rows)]
-    first = [next((owner for owner in row if owner is not None), None) for row in owners]
-    if all(len({owner for owner in row if owner is not None}) < 2 for row in owners):
+    if all(len(_documents(row)) < 2 for row in owners):
         return None
     model = job.build_model().eval()
-    flipped = [
-        [
-            NULL_ID if owner == first[index] else token
-            for token, owner in zip(row, owners[index], strict=True)
+    before = _hidden(model, forward, forward.input_ids)
+    most = max(len(_documents(row)) for row in owners)
+    for place in range(most - 1):  # under a causal mask nothing comes after the last one
+        changed = [(_documents(row) + [None] * most)[place] for row in owners]
+        flipped = [
+            [
+                NULL_ID if owner is not None and owner == changed[index] else token
+                for token, owner in zip(row, owners[index], strict=True)
+            ]
+            for index, row in enumerate(forward.input_ids)
         ]
-        for index, row in enumerate(forward.input_ids)
-    ]
-    before, after = (_hidden(model, forward, ids) for ids in (forward.input_ids, flipped))
-    for index, row in enumerate(owners):
-        moved = (before[index] - after[index]).abs().amax(dim=-1)
-        for offset, owner in enumerate(row):
-            if owner is not None and owner != first[index] and float(moved[offset]) != 0.0:
-                return Leak(flipped=first[index] or 0, moved=owner, size=float(moved.max()))
+        after = _hidden(model, forward, flipped)
+        for index, row in enumerate(owners):
+            moved = (before[index] - after[index]).abs().amax(dim=-1)
+            for offset, owner in enumerate(row):
+                if owner not in (None, changed[index]) and float(moved[offset]) != 0.0:
+                    size = float(moved.max())
+                    return Leak(flipped=changed[index] or 0, moved=owner or 0, size=size)
     return None
+
+
+def _documents(owners: list[int | None]) -> list[int | None]:
+    """Return the documents of a row, in order."""
+    return list(dict.fromkeys(owner for owner in owners if owner is not None))
 
 
 def _with_ends(owners: list[int | None], ids: list[int]) -> list[int | None]:

@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pytest_ranks.conformance.check import Check, Setting, select
 from pytest_ranks.conformance.preload import modules_for
 from pytest_ranks.conformance.runner import Session, run_check
 from pytest_ranks.conformance.subject import find_subject
-from pytest_ranks.errors import BadInputError
+from pytest_ranks.errors import BadInputError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 MUTANTS = "pytest_ranks.reference.mutants"
 """Where `all_mutants` is: above this room in the house, so it is found by name."""
 
-KILLS = ("failed", "adapter error", "not run")
-"""Outcomes that are no pass. A mutant also says which words the text must hold, so a crash is no kill."""
+GATE = "subject"
+"""The suite whose kills are adapter errors, or strategies that were not seen to take effect."""
 
 
 class Planted(Protocol):
@@ -84,6 +84,14 @@ class Kill:
     result: CheckResult = field(repr=False)
     said: str
     killed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A mutant and those of its declared kills that are to be shown."""
+
+    mutant: Planted
+    kills: Mapping[str, str]
 
 
 class SharedRanks(Session):
@@ -146,10 +154,10 @@ def _parse(name: str) -> tuple[Check, Setting]:
     return select([check_id])[0], Setting(strategy=strategy, world_size=int(size or 1))
 
 
-def kill(session: Session, mutant: Planted) -> list[Kill]:
+def kill(session: Session, chosen: Chosen) -> list[Kill]:
     """Run a mutant's declared checks on it."""
-    kills = []
-    for name, fragment in mutant.kills.items():
+    kills, mutant = [], chosen.mutant
+    for name, fragment in chosen.kills.items():
         result = judge(session, name)
         said = result.finding.cause if result.finding is not None else result.text
         kills.append(
@@ -160,17 +168,23 @@ def kill(session: Session, mutant: Planted) -> list[Kill]:
                 fragment=fragment,
                 result=result,
                 said=said,
-                killed=result.outcome in KILLS and fragment in said,
+                killed=_found(result) and fragment in said,
             )
         )
     return kills
 
 
-def clean_checks(planted: Iterable[Planted]) -> dict[str, list[str]]:
+def _found(result: CheckResult) -> bool:
+    """Tell whether a check found something: a trainer's bug as a finding, an adapter's as the gate's verdict."""
+    gate = result.check.startswith(f"{GATE}.")
+    return result.outcome in (("failed", "adapter error", "not run") if gate else ("failed",))
+
+
+def clean_checks(planted: Iterable[Chosen]) -> dict[str, list[str]]:
     """Return for each clean subject the checks with settings that kill its mutants: it must pass them all."""
     wanted: dict[str, dict[str, None]] = {}
-    for mutant in planted:
-        wanted.setdefault(mutant.clean, {}).update(dict.fromkeys(mutant.kills))
+    for entry in planted:
+        wanted.setdefault(entry.mutant.clean, {}).update(dict.fromkeys(entry.kills))
     return {subject: list(names) for subject, names in wanted.items()}
 
 
@@ -192,22 +206,27 @@ def pass_clean(session: Session, names: Sequence[str]) -> list[Kill]:
 
 
 def self_check(
+    suites: Iterable[str] | None = None,
     *,
-    progress: Callable[[Kill], None] | None = None,
     only: Iterable[str] | None = None,
+    progress: Callable[[str], object] | None = None,
     ranks: int | None = None,
 ) -> list[Kill]:
     """Run every mutant on the checks that must kill it, and the clean subjects on all of these checks.
 
     Args:
-        progress: called with each result as it comes, from one thread at a time.
-        only: names of mutants; None means all, and the clean subjects.
-        ranks: how many subjects are judged side by side; None: one for each two cores, at most 4.
+        suites: names of suites or check ids to prove; None means all.
+        only: names of mutants; None means all of those that the suites' checks kill.
+        progress: called with a line of text for each result as it comes.
+        ranks: how many subjects are judged side by side; None: one for each two cores, from 2 to 4.
 
     Returns:
         One entry a mutant and check, then those of the clean subjects.
+
+    Raises:
+        BadInputError: for a suite, check or mutant that does not exist.
     """
-    chosen = [mutant for mutant in mutants() if only is None or mutant.name in set(only)]
+    chosen = chosen_mutants(suites, only)
     side_by_side = ranks or min(4, max(2, (os.cpu_count() or 2) // 2))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pytest-ranks-")))
@@ -225,32 +244,68 @@ def self_check(
                 hosts.put(host)
 
         pool = stack.enter_context(ThreadPoolExecutor(side_by_side))
-        pending: list[Any] = []
-        if only is None:
-            for subject, names in clean_checks(chosen).items():
-                pending.append(pool.submit(on_ranks, subject, _passing(names)))
         pending = [
-            *(pool.submit(on_ranks, mutant.subject, _killing(mutant)) for mutant in chosen),
-            *pending,
+            *(pool.submit(on_ranks, entry.mutant.subject, _killing(entry)) for entry in chosen),
+            *(
+                pool.submit(on_ranks, subject, _passing(names))
+                for subject, names in clean_checks(chosen).items()
+            ),
         ]
         kills: list[Kill] = []
         for future in pending:
             for entry in future.result():
                 kills.append(entry)
                 if progress is not None:
-                    progress(entry)
+                    progress(in_one_line(entry))
         return kills
 
 
-def _killing(mutant: Planted) -> Callable[[Session], list[Kill]]:
-    return lambda session: kill(session, mutant)
+def chosen_mutants(
+    suites: Iterable[str] | None = None, only: Iterable[str] | None = None
+) -> list[Chosen]:
+    """Return the mutants that the named checks kill, each with those of its kills that are among them.
+
+    Raises:
+        BadInputError: for a suite, check or mutant that does not exist.
+    """
+    known = {mutant.name: mutant for mutant in mutants()}
+    for name in only or ():
+        if name not in known:
+            raise BadInputError(f"{name!r} is no mutant.{did_you_mean(name, known)}")
+    wanted = {check.id for check in select(suites)}
+    names = known if only is None else list(only)
+    chosen = []
+    for name in names:
+        mutant = known[name]
+        kills = {check: said for check, said in mutant.kills.items() if _id(check) in wanted}
+        if kills:
+            chosen.append(Chosen(mutant=mutant, kills=kills))
+    return chosen
+
+
+def _id(name: str) -> str:
+    return name.partition("[")[0]
+
+
+def _killing(chosen: Chosen) -> Callable[[Session], list[Kill]]:
+    return lambda session: kill(session, chosen)
 
 
 def _passing(names: Sequence[str]) -> Callable[[Session], list[Kill]]:
     return lambda session: pass_clean(session, names)
 
 
-def print_matrix(kills: Iterable[Kill], write: Callable[[str], object]) -> bool:
+def in_one_line(entry: Kill) -> str:
+    """Return a result in one line: subject, catalogue row, check, what it said, seconds."""
+    seconds = f"({entry.result.seconds:.1f} s)"
+    if not entry.mutant:
+        found = "passes" if entry.killed else f"FAILS: {entry.result.outcome} {_short(entry.said)}"
+        return f"clean subject  {entry.check}  {found}  {seconds}"
+    found = _short(entry.said) if entry.killed else f"SURVIVED: {_survival(entry)}"
+    return f"{entry.mutant}  {entry.row}  {entry.check}  {found}  {seconds}"
+
+
+def print_matrix(kills: Iterable[Kill], write: Callable[[str], object]) -> int:
     """Write the kill matrix: mutant, catalogue row, check, what the finding said, seconds.
 
     Args:
@@ -258,39 +313,40 @@ def print_matrix(kills: Iterable[Kill], write: Callable[[str], object]) -> bool:
         write: called with each line, without its end.
 
     Returns:
-        Whether every mutant was killed, and the clean subjects passed.
+        0 when every mutant was killed and the clean subjects passed, else 1: an exit status.
     """
     entries = list(kills)
     planted = [entry for entry in entries if entry.mutant]
     clean = [entry for entry in entries if not entry.mutant]
-    name_width = max((len(entry.mutant) for entry in planted), default=6)
-    check_width = max((len(entry.check) for entry in planted), default=5)
-    write(f"{'mutant':<{name_width}}  {'row':<12}  {'killed by':<{check_width}}  what it said")
+    names = max((len(entry.mutant) for entry in planted), default=6)
+    checks = max((len(entry.check) for entry in planted), default=9)
+    write(f"{'mutant':<{names}}  {'row':<12}  {'killed by':<{checks}}  what it said")
     for entry in planted:
-        verdict = _one_line(entry.said) if entry.killed else f"SURVIVED: {_survival(entry)}"
-        write(
-            f"{entry.mutant:<{name_width}}  {entry.row[:12]:<12}  {entry.check:<{check_width}}  "
-            f"{verdict}  ({entry.result.seconds:.1f} s)"
+        said = _short(entry.said) if entry.killed else f"SURVIVED: {_survival(entry)}"
+        place = (
+            f"{entry.mutant:<{names}}  {_short(entry.row, most=12):<12}  {entry.check:<{checks}}"
         )
+        write(f"{place}  {said}  ({entry.result.seconds:.1f} s)")
     for entry in clean:
         if not entry.killed:
-            write(f"clean subject: {entry.check} {entry.result.outcome}: {_one_line(entry.said)}")
-    names = {entry.mutant for entry in planted}
+            write(in_one_line(entry))
+    every = {entry.mutant for entry in planted}
     survivors = {entry.mutant for entry in planted if not entry.killed}
     passed = sum(entry.killed for entry in clean)
+    of = "" if passed == len(clean) else f" of {len(clean)}"
     write(
-        f"{len(names) - len(survivors)} of {len(names)} mutants killed; "
-        f"clean subject passes {passed} of {len(clean)} checks"
+        f"{len(every) - len(survivors)} of {len(every)} mutants killed; "
+        f"clean subject passes {passed}{of} checks"
     )
-    return not survivors and passed == len(clean)
+    return 0 if not survivors and passed == len(clean) else 1
 
 
 def _survival(entry: Kill) -> str:
-    if entry.result.outcome in KILLS:
-        return f"found, but the cause does not say {entry.fragment!r}: {_one_line(entry.said)}"
-    return f"{entry.result.outcome} {_one_line(entry.said)}".rstrip()
+    if _found(entry.result):
+        return f"found, but the cause does not say {entry.fragment!r}: {_short(entry.said)}"
+    return f"{entry.result.outcome} {_short(entry.said)}".rstrip()
 
 
-def _one_line(text: str, *, most: int = 110) -> str:
+def _short(text: str, *, most: int = 110) -> str:
     words = " ".join(text.split())
     return words if len(words) <= most else words[: most - 3] + "..."

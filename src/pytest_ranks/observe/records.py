@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15,7 +16,7 @@ class Forward:
         labels: the labels that the model was given, [B][T]; None when the trainer computes its own
             loss.
         position_ids: [B][T], or None.
-        attention_mask: the mask as nested lists where it has two dimensions; None otherwise.
+        attention_mask: the mask as nested lists where it has two or four dimensions; None otherwise.
         masked: whether any attention mask was given.
         training: the module's mode.
         grad: whether autograd was recording.
@@ -28,7 +29,7 @@ class Forward:
     input_ids: list[list[int]]
     labels: list[list[int]] | None
     position_ids: list[list[int]] | None
-    attention_mask: list[list[int]] | None
+    attention_mask: list[Any] | None
     masked: bool
     training: bool
     grad: bool
@@ -62,10 +63,11 @@ class Step:
         grad_norm: the local gradients' L2 norm (of this rank's shards).
         grad_dtypes: dtypes of the gradients.
         weight_dtypes: dtypes of the parameters.
-        state_dtypes: dtypes of the optimizer's floating state after the step.
+        state_dtypes: dtypes of the optimizer's floating state before and after the step.
         grad_census: share of non-zero gradient entries that bf16 can hold exactly; None without
             entries.
-        weight_census: the same of the parameters.
+        weight_census: the same of the parameters, after the step.
+        weight_census_before: the same, before the step.
         weight_hash: a digest of the replicated parameters after the step; None when all are
             sharded.
         grad_hash: a digest of the replicated gradients.
@@ -82,6 +84,7 @@ class Step:
     state_dtypes: list[str] = field(default_factory=list)
     grad_census: float | None = None
     weight_census: float | None = None
+    weight_census_before: float | None = None
     weight_hash: str | None = None
     grad_hash: str | None = None
     where: str = ""

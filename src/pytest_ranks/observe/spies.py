@@ -72,7 +72,7 @@ def _forward_record(
         input_ids=_nested(ids) or [],
         labels=_nested(kwargs.get("labels")),
         position_ids=_nested(kwargs.get("position_ids")),
-        attention_mask=_nested(mask),
+        attention_mask=_mask(mask),
         masked=mask is not None,
         training=bool(model.training),
         grad=torch.is_grad_enabled(),
@@ -96,6 +96,15 @@ def _nested(value: Any) -> list[list[int]] | None:
     return rows
 
 
+def _mask(value: Any) -> list[Any] | None:
+    """Return a mask of 2 or 4 dimensions as lists; None for anything else, such as a kernel's own mask object."""
+    if not isinstance(value, Tensor) or value.dim() not in (2, 4):
+        return None
+    plain = value.detach().cpu()
+    rows: list[Any] = (plain.long() if value.dim() == 2 else plain).tolist()
+    return rows
+
+
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -115,14 +124,9 @@ def _optimizer_steps(seen: Observed) -> Iterator[None]:
 
     def after(optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        # A step counter is a scalar; its dtype says nothing about precision.
-        floats = [
-            v for v in states if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 0
-        ]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         record = seen.steps[-1]
-        record.state_dtypes = sorted({_dtype(value) for value in floats})
+        record.state_dtypes = sorted({*record.state_dtypes, *_state_dtypes(optimizer)})
         record.weight_hash = _digest([p.detach() for p in parameters])
         record.weight_census = _bf16_share([_local(p.detach()) for p in parameters])
 
@@ -153,9 +157,18 @@ def _step_record(optimizer: Any) -> Step:
         grad_norm=squares**0.5,
         grad_dtypes=sorted({_dtype(g) for g in local}),
         weight_dtypes=sorted({_dtype(p) for p in parameters}),
+        state_dtypes=_state_dtypes(optimizer),
         grad_census=_bf16_share(local),
+        weight_census_before=_bf16_share([_local(p.detach()) for p in parameters]),
         grad_hash=_digest(gradients),
     )
+
+
+def _state_dtypes(optimizer: Any) -> list[str]:
+    """Return the dtypes of the optimizer's floating state; a step counter, a scalar, says nothing of precision."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [value for value in states if isinstance(value, Tensor) and value.dim() > 0]
+    return sorted({_dtype(value) for value in tensors if value.is_floating_point()})
 
 
 def _is_sharded(tensor: Tensor) -> bool:

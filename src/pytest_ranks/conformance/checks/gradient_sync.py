@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 TENSOR_TOLERANCE = 1e-4
 """Per tensor, relative: small tensors carry ten times the rounding noise of the whole update."""
 
+CLIP_SHARE = 20
+"""The limit is the norm over this: below the norms of tensors and shards, so that clipping them apart shows."""
+
 BF16_NOISE = 0.02
 """Relative error of a gradient that was computed in bf16; measured 7e-3."""
 
@@ -222,7 +225,7 @@ def check_replicas_stay_equal(bench: Bench) -> None:
 
 @check(requires=["clip"])
 def check_clipping_law(bench: Bench) -> None:
-    """Clip to half the gradient's norm, and measure the update.
+    """Clip far below the gradient's norm, and measure the update.
 
     Claim: With max_grad_norm = c below the gradient's norm, the update's norm MUST be lr x c, in
     the gradient's direction.
@@ -237,7 +240,7 @@ def check_clipping_law(bench: Bench) -> None:
     """
     wanted, _ = _oracle(bench)
     size = oracle.norm(wanted)
-    limit = round(size / 2, 3)
+    limit = round(size / CLIP_SHARE, 3)
     run = _one_step(bench, max_grad_norm=limit)
     update = _update(bench, run)
     length = oracle.norm(update)
@@ -285,9 +288,9 @@ def _clipping_cause(
         ],
         "each rank clips by the norm of its own shard: the update's norm is up to sqrt(world_size) x the limit": [
             {
-                name: parts[rank]
+                name: shards[rank]
                 for name, value in wanted.items()
-                if len(parts := value.chunk(bench.setting.world_size)) > rank
+                if len(shards := value.chunk(bench.setting.world_size)) > rank
             }
             for rank in range(bench.setting.world_size)
         ],

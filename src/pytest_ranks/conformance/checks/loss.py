@@ -316,8 +316,8 @@ def _judge_last_window(
             )
             raise Finding(
                 "each window MUST be divided by its own token count",
-                f"weight x N runs from {min(scaled):.4f} to {max(scaled):.4f} in step {step + 1} ({len(samples)} samples "
-                f"in place of {run.job.global_batch})",
+                f"weight x N runs from {min(scaled):.4f} to {max(scaled):.4f} in step {step + 1} "
+                f"({len(samples)} samples in place of {run.job.global_batch})",
                 tolerance=f"{LEDGER_TOLERANCE:g} on weight x N",
                 cause=cause,
                 reference="https://github.com/Lightning-AI/pytorch-lightning/issues/19987",

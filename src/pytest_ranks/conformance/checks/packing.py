@@ -2,64 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_ranks.conformance import oracle
 from pytest_ranks.conformance.check import check
-from pytest_ranks.conformance.findings import Finding, Inconclusive, NotApplicable
-from pytest_ranks.conformance.judging import CORPUS, judge_update, judge_weights, stepped_at
+from pytest_ranks.conformance.findings import Finding, NotApplicable
+from pytest_ranks.conformance.judging import (
+    LEDGER_TOLERANCE,
+    UPDATE_TOLERANCE,
+    judge_update,
+    judge_weights,
+    stepped_at,
+)
+from pytest_ranks.conformance.packed import (
+    CAPACITY,
+    LONG,
+    OVERLONG,
+    PACKED,
+    leak_cause,
+    lost_cause,
+    packed_job,
+    packed_run,
+    rows_with_positions,
+)
 from pytest_ranks.conformance.positions import explain_positions
-from pytest_ranks.conformance.reading import micro_batches, read_step, require_finite
+from pytest_ranks.conformance.reading import (
+    counts_by_sample,
+    micro_batches,
+    read_step,
+    require_finite,
+)
 from pytest_ranks.conformance.replay import flip_test
-from pytest_ranks.models.corpora import EOS_ID, unique_token_corpus
+from pytest_ranks.models.corpora import EOS_ID, Corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB
 
 if TYPE_CHECKING:
-    from pytest_ranks.conformance.job import Job
-    from pytest_ranks.conformance.runner import Bench, Run
-    from pytest_ranks.observe.records import Forward
-
-CAPACITY = 40
-"""Tokens a row: more than the longest sample (31), less than any two long ones (31 + 23), no multiple of anything."""
-
-
-def packed_job(bench: Bench, model: str, *, capacity: int = CAPACITY) -> Job:
-    """Return a one-step job on the uneven corpus whose samples share rows.
-
-    Raises:
-        Inconclusive: for kinds of packing that cut documents, where documents are not kept by
-            design.
-    """
-    if bench.capabilities.packing == "wrapped":
-        raise NotApplicable("packing='wrapped' cuts documents by declaration")
-    share = len(CORPUS.samples) // bench.setting.world_size
-    job = bench.job(model, CORPUS, micro_batch=share)
-    if bench.capabilities.packing == "rows":
-        return dataclasses.replace(job, pack_length=capacity)
-    return dataclasses.replace(job, max_tokens_per_rank=capacity)
-
-
-def packed_run(bench: Bench, model: str) -> Run:
-    """Train the packed job and make sure that documents did share rows.
-
-    Raises:
-        Finding: when packing was asked for and no row holds two documents.
-    """
-    run = bench.train(packed_job(bench, model))
-    rows = [row for batch in micro_batches(run, CORPUS) for row in batch.rows]
-    if not rows:
-        raise Inconclusive("no training forward of the job's model was seen")
-    if max(len(row) for row in rows) < 2:
-        raise Finding(
-            "with packing on, samples MUST share rows",
-            f"{len(rows)} rows of {len(CORPUS.samples)} samples hold at most one each",
-            cause="packing is accepted and switched off silently",
-            reference="https://github.com/unslothai/unsloth/pull/7234",
-            run=str(run.folder),
-        )
-    return run
+    from pytest_ranks.conformance.reading import Reading
+    from pytest_ranks.conformance.runner import Bench
 
 
 @check(requires=["packing"])
@@ -77,7 +57,7 @@ def check_conserves_tokens(bench: Bench) -> None:
     Reference: https://github.com/huggingface/trl/issues/483
     """
     run = packed_run(bench, "ledger")
-    places = CORPUS.positions()
+    places = PACKED.positions()
     fed = Counter(
         token
         for seen in run.observed
@@ -91,7 +71,7 @@ def check_conserves_tokens(bench: Bench) -> None:
     if missing or twice:
         lost = sorted({places[token].sample for token in missing})
         whole = all(
-            len(CORPUS.samples[s]["input_ids"]) - 1 == sum(places[t].sample == s for t in missing)
+            len(PACKED.samples[s]["input_ids"]) - 1 == sum(places[t].sample == s for t in missing)
             for s in lost
         )
         parts = []
@@ -105,9 +85,7 @@ def check_conserves_tokens(bench: Bench) -> None:
         raise Finding(
             "each token of each sample MUST be in exactly one row",
             "; ".join(parts),
-            cause="a bin was dropped"
-            if missing and whole
-            else ("truncation" if missing else "a sample is in two bins"),
+            cause=lost_cause(lost, whole=whole, twice=bool(twice)),
             reference="https://github.com/huggingface/trl/issues/483",
             where=stepped_at(run),
             run=str(run.folder),
@@ -129,9 +107,9 @@ def check_capacity_is_respected(bench: Bench) -> None:
     """
     run = packed_run(bench, "ledger")
     by_step = bench.capabilities.packing == "step"
-    for batch in micro_batches(run, CORPUS):
+    for batch in micro_batches(run, PACKED):
         inside = [
-            sum(len(CORPUS.samples[sample]["input_ids"]) for sample in row) for row in batch.rows
+            sum(len(PACKED.samples[sample]["input_ids"]) for sample in row) for row in batch.rows
         ]
         largest = sum(inside) if by_step else max(inside, default=0)
         if largest > CAPACITY:
@@ -161,17 +139,13 @@ def check_documents_are_isolated(bench: Bench) -> None:
     run = packed_run(bench, "llama")
     for seen in run.observed:
         for index, forward in enumerate(seen.training_forwards()):
-            leak = flip_test(run.job, forward, CORPUS)
+            leak = flip_test(run.job, forward, PACKED)
             if leak is not None:
                 raise Finding(
                     "changing one document MUST leave all others' hidden states exactly as they were",
                     f"rank {seen.rank} micro-batch {index}: changing sample {leak.flipped} moved sample {leak.moved} "
                     f"by {leak.size:.1e}",
-                    cause=(
-                        "the model was given an attention mask that lets packed documents see each other"
-                        if forward.masked
-                        else "positions do not restart, so the model cannot tell packed documents apart"
-                    ),
+                    cause=leak_cause(forward),
                     reference="https://github.com/OpenRLHF/OpenRLHF/issues/587",
                     run=str(run.folder),
                 )
@@ -192,10 +166,10 @@ def check_positions_restart(bench: Bench) -> None:
     Reference: https://github.com/hiyouga/LlamaFactory/pull/7318
     """
     run = packed_run(bench, "ledger")
-    places = CORPUS.positions()
+    places = PACKED.positions()
     for seen in run.observed:
         for index, forward in enumerate(seen.training_forwards()):
-            for row, positions in _rows_with_positions(forward):
+            for row, positions in rows_with_positions(forward):
                 wrong = [
                     (token, position)
                     for token, position in zip(row, positions, strict=True)
@@ -214,14 +188,6 @@ def check_positions_restart(bench: Bench) -> None:
                     )
 
 
-def _rows_with_positions(forward: Forward) -> list[tuple[list[int], list[int]]]:
-    """Return rows with the positions that the model uses: those given, else counted over the row."""
-    given = forward.position_ids or [list(range(len(row))) for row in forward.input_ids]
-    if len(given) == 1:
-        given = given * len(forward.input_ids)  # one row of positions is broadcast
-    return list(zip(forward.input_ids, given, strict=True))
-
-
 @check(requires=["packing", "label_masks"])
 def check_targets_are_those_without_packing(bench: Bench) -> None:
     """Read the ledger of a packed step.
@@ -236,7 +202,7 @@ def check_targets_are_those_without_packing(bench: Bench) -> None:
 
     Reference: https://github.com/OpenRLHF/OpenRLHF/pull/781
     """
-    reading = read_step(packed_run(bench, "ledger"), CORPUS)
+    reading = read_step(packed_run(bench, "ledger"), PACKED)
     trained = reading.trained()
     missing = [pair for pair in reading.wanted if pair not in trained]
     extra = [pair for pair in trained if pair not in reading.wanted]
@@ -272,12 +238,25 @@ def check_update_is_that_without_packing(bench: Bench) -> None:
     require_finite(run)
     initial = bench.materials.initial("llama")
     wanted, _ = oracle.gradient(
-        initial, bench.materials.config(), CORPUS.samples, weighting=bench.capabilities.weighting
+        initial, bench.materials.config(), PACKED.samples, weighting=bench.capabilities.weighting
     )
     update = {name: -value for name, value in oracle.difference(run.parameters, initial).items()}
-    judge_update(
-        bench, run, update, wanted, rule="the packed update MUST equal the update without packing"
-    )
+    rule = "the packed update MUST equal the update without packing"
+    if oracle.relative_error(update, wanted) <= UPDATE_TOLERANCE:
+        return
+    forwards = [forward for seen in run.observed for forward in seen.training_forwards()]
+    leaking = next((f for f in forwards if flip_test(run.job, f, PACKED) is not None), None)
+    if leaking is not None:
+        raise Finding(
+            rule,
+            f"relative error {oracle.relative_error(update, wanted):.1e}",
+            tolerance=f"{UPDATE_TOLERANCE:g} relative L2 (measured float32 noise is 5e-7)",
+            cause=f"packed documents see each other: {leak_cause(leaking)}",
+            reference="https://github.com/axolotl-ai-cloud/axolotl/pull/3304",
+            where=stepped_at(run),
+            run=str(run.folder),
+        )
+    judge_update(bench, run, update, wanted, rule=rule, corpus=PACKED)
 
 
 @check(requires=["packing"], worlds=(1, 2))
@@ -298,17 +277,19 @@ def check_plan_is_deterministic(bench: Bench) -> None:
     job = packed_job(bench, "ledger")
     first, second = bench.train_in_turn([job, job])
     for run in (first, second):
-        counts = Counter(sample for batch in micro_batches(run, CORPUS) for sample in batch.samples)
+        counts = Counter(sample for batch in micro_batches(run, PACKED) for sample in batch.samples)
         repeated = sorted(sample for sample, times in counts.items() if times > 1)
         if repeated:
             raise Finding(
                 "no sample MUST be packed twice",
                 f"samples {repeated} went through the model more than once in a step",
-                cause="ranks made different plans",
+                cause="ranks made different plans"
+                if bench.setting.world_size > 1
+                else "a sample is in two bins",
                 run=str(run.folder),
             )
     plans = [
-        [(b.rank, b.index, b.rows) for b in micro_batches(run, CORPUS)] for run in (first, second)
+        [(b.rank, b.index, b.rows) for b in micro_batches(run, PACKED)] for run in (first, second)
     ]
     if plans[0] != plans[1]:
         differing = next(pair for pair in zip(*plans, strict=False) if pair[0] != pair[1])
@@ -334,17 +315,20 @@ def check_overlong_samples_are_not_lost_silently(bench: Bench) -> None:
 
     Reference: https://github.com/huggingface/trl/issues/4554
     """
-    corpus = unique_token_corpus([6, 50, 9, 7], [0, 2, 0, 1], vocab_size=LEDGER_VOCAB)
     by_rows = bench.capabilities.packing == "rows"
-    job = bench.job(
-        "ledger",
-        corpus,
-        micro_batch=4,
-        pack_length=CAPACITY if by_rows else None,
-        max_tokens_per_rank=None if by_rows else CAPACITY,
+    limit = CAPACITY if by_rows else None, None if by_rows else CAPACITY
+    fitting = Corpus(
+        samples=OVERLONG.samples[:LONG] + OVERLONG.samples[LONG + 1 :], vocab_size=LEDGER_VOCAB
     )
+    jobs = [
+        bench.job(
+            "ledger", corpus, micro_batch=4, pack_length=limit[0], max_tokens_per_rank=limit[1]
+        )
+        for corpus in (fitting, OVERLONG)
+    ]
+    bench.train(jobs[0])  # without the long sample there must be nothing to refuse
     try:
-        run = bench.train(job)
+        run = bench.train(jobs[1])
     except Finding as refusal:
         if "Timeout" in refusal.found or "no result in" in refusal.found:
             raise
@@ -356,7 +340,7 @@ def check_overlong_samples_are_not_lost_silently(bench: Bench) -> None:
         for row in f.input_ids
         for token in row
     }
-    own = [token for token in corpus.samples[1]["input_ids"] if token != EOS_ID]
+    own = [token for token in OVERLONG.samples[LONG]["input_ids"] if token != EOS_ID]
     inside = sum(token in fed for token in own)
     reported = any(row.get("dropped") for row in run.history)
     if inside or not reported:
@@ -374,3 +358,26 @@ def check_overlong_samples_are_not_lost_silently(bench: Bench) -> None:
             reference="https://github.com/huggingface/trl/issues/4554",
             run=str(run.folder),
         )
+    _judge_kept(read_step(run, OVERLONG), bench.capabilities.weighting)
+
+
+def _judge_kept(reading: Reading, weighting: str) -> None:
+    """Compare the weights of the samples beside a dropped one with those that they have without it."""
+    weights = reading.scaled()
+    kept = {pair: weight for pair, weight in weights.items() if reading.sample_of(pair) != LONG}
+    counts = counts_by_sample(reading.corpus)
+    share = 1 - counts[LONG] / sum(counts)
+    low = min(kept.values()) * share
+    if weighting != "token" or all(abs(w * share - 1) <= LEDGER_TOLERANCE for w in kept.values()):
+        return
+    raise Finding(
+        "the samples that are kept MUST weigh as if the dropped one had never been there",
+        f"they weigh {low:.4f} x 1/N with N = {sum(counts) - counts[LONG]}, the kept samples' targets",
+        tolerance=f"{LEDGER_TOLERANCE:g} on weight x N",
+        cause="the denominator counts the tokens of dropped samples"
+        if abs(low / share - 1) < LEDGER_TOLERANCE
+        else "the denominator is not the number of kept targets",
+        reference="https://github.com/Red-Hat-AI-Innovation-Team/mini_trainer",
+        where=stepped_at(reading.run),
+        run=str(reading.run.folder),
+    )
