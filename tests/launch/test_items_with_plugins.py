@@ -38,6 +38,11 @@ def test_second_time(rank):
 
 
 @pytest.mark.ranks(2)
+def test_worker(rank, worker_id):
+    assert worker_id == os.environ.get("PYTEST_XDIST_WORKER", "master")
+
+
+@pytest.mark.ranks(2)
 def test_warns(rank):
     warnings.warn("said on ranks", FutureWarning)
 
@@ -73,6 +78,7 @@ EXPECTED = {
     "test_sizes[ws=1]": ["passed"],
     "test_sizes[ws=2]": ["passed"],
     "test_second_time": ["rerun", "passed"],
+    "test_worker": ["passed"],
     "test_warns": ["passed"],
     "test_timeout_of_another_plugin": ["failed"],
     "test_plain": ["passed"],

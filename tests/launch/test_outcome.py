@@ -105,6 +105,7 @@ def test_a_result_takes_streamed_and_collected_reports_together():
         (RankRun(rank=0, crashed=True), "crashed"),
         (RankRun(rank=0, stopped="deadline"), "timed_out"),
         (RankRun(rank=0, stopped="abandoned"), "timed_out"),
+        (RankRun(rank=0, stopped="unready"), "timed_out"),
         (RankRun(rank=0, stopped="collateral"), "stopped"),
         (RankRun(rank=0, messages=[Finished(missing="no such test")], done=True), "crashed"),
         (

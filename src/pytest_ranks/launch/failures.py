@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.pool import RankRun
 
+# Seconds for fork, imports, collection and rendezvous, before the deadline of the work starts.
+START_SECONDS = 300.0
+
 # What gloo and the store say on a rank whose peer went away (gloo/transport/tcp/pair.cc,
 # torch/csrc/distributed/c10d/TCPStore.cpp); the rank that says it is not the cause.
 _PEER_WENT = re.compile(
@@ -31,8 +34,8 @@ class Failure:
     Attributes:
         rank: its number.
         kind: `raised`, `died`, `deadline` (still at work when the time was up), `abandoned`
-            (in a collective when the others had finished) or `stopped` (still at work after
-            another rank had failed).
+            (in a collective when the others had finished), `unready` (before the work could
+            start) or `stopped` (still at work after another rank had failed).
         headline: one line.
         text: the traceback, or the stacks.
         at: CLOCK_MONOTONIC seconds.
@@ -121,7 +124,7 @@ def of_unfinished(run: RankRun, *, output: str) -> Failure:
             at=run.at,
             output=output,
         )
-    kind = run.stopped if run.stopped in ("deadline", "abandoned") else "stopped"
+    kind = "stopped" if run.stopped == "collateral" else run.stopped
     place = str(run.where) if run.where is not None else "a place that its stacks do not show"
     return Failure(
         rank=run.rank,
@@ -169,6 +172,12 @@ def _output(failure: Failure) -> list[str]:
 def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) -> str:
     """Return the one line that names the rank, what happened, and what became of the others."""
     first = failures[0]
+    if first.kind == "unready":
+        late = [one for one in failures if one.kind == "unready"]
+        return (
+            f"the ranks were not ready after {START_SECONDS:g} s of importing, collecting and "
+            f"joining: {'; '.join(_join_places(late))}"
+        )
     if first.kind == "deadline":
         late = [one for one in failures if one.kind == "deadline"]
         places = "; ".join(_join_places(late))

@@ -109,7 +109,7 @@ def result_of(run: RankRun) -> RankResult:
         phases=tuple(sorted(phases, key=lambda phase: order.index(phase.when))),
         died=run.crashed,
         stopped=run.stopped == "collateral",
-        timed_out=run.stopped in ("deadline", "abandoned"),
+        timed_out=run.stopped in ("deadline", "abandoned", "unready"),
         raised=raised,
         missing=missing,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
+from pytest_ranks.launch.failures import START_SECONDS
 from pytest_ranks.launch.processes import read_tail
 from pytest_ranks.launch.wire import ChannelClosed, Go, Leave, Ready, Started
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 # Seconds that ranks have for their own end after one rank failed; its sockets are cut by then.
 GRACE = 1.0
-# Seconds for fork, imports, collection and rendezvous, before the deadline of the work starts.
-START_SECONDS = 300.0
 STATUS_SECONDS = 1.0
 # Seconds between two looks at ranks that are still at work when others have finished.
 PROBE_SECONDS = 0.5
@@ -39,7 +38,8 @@ class RankRun:
         crashed: whether its process ended by itself.
         status: how the process ended, as an exit code or -signal.
         stopped: why we ended it: nothing, `collateral` after another's failure, `abandoned` in
-            a collective when the others had finished, or `deadline`.
+            a collective when the others had finished, `unready` when the ranks never got to
+            start, or `deadline`.
         at: CLOCK_MONOTONIC seconds at which its end was seen.
         output: the end of what it wrote outside of pytest's capture.
         captured: the end of what pytest's capture held when the process ended.
@@ -179,7 +179,8 @@ class _Watch:
             grace = self.limit if self._grace is None else self._grace
             if now >= self.limit:
                 timed_out = True
-                self._stop(waiting, "deadline")
+                is_started = len(self._started) == len(self.runs)
+                self._stop(waiting, "deadline" if is_started else "unready")
                 break
             if now >= grace:
                 self._stop(waiting, "collateral")

@@ -259,6 +259,9 @@ class _Follower:
             manager.unregister(reruns)
         for name, value in self._request.options.items():
             setattr(config.option, name, value)
+        if self._request.worker_input is not None:
+            # of an xdist worker: fixtures such as worker_id keep workers apart by it
+            config.workerinput = self._request.worker_input  # type: ignore[attr-defined]
         return (yield)
 
     @pytest.hookimpl(tryfirst=True)

@@ -63,13 +63,16 @@ def _configuration(config: pytest.Config) -> Configure:
         "xmlpath": None,
         "htmlpath": None,
         "basetemp": None,
+        "log_file": None,
     }
     if "randomly_seed" in vars(config.option):
         kept["randomly_seed"] = config.option.randomly_seed
     options = {name: value for name, value in kept.items() if name in vars(config.option)}
+    worker_input = getattr(config, "workerinput", None)
     return Configure(
         arguments=tuple(arguments),
         directory=str(config.invocation_params.dir),
         sys_path=tuple(sys.path),
         options=options,
+        worker_input=None if worker_input is None else dict(worker_input),
     )

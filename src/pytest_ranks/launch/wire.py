@@ -173,6 +173,7 @@ class Configure:
     directory: str
     sys_path: tuple[str, ...]
     options: dict[str, Any]
+    worker_input: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
