@@ -251,7 +251,7 @@ def suite_page(suite: str, mutants: tuple[Mutant, ...]) -> str:
         strategies = ", ".join(f"`{name}`" for name in check.strategies)
         parts.append(f"Judged on\n: {worlds} ranks where declared; strategies {strategies}\n")
         kills = [m for m in mutants if any(name.partition("[")[0] == check.id for name in m.kills)]
-        names = ", ".join(f"[`{m.name}`](../kill_matrix.md)" for m in kills)
+        names = ", ".join(f"[`{m.name}`](../kill_matrix.md#{m.suite})" for m in kills)
         parts.append(f"Planted bugs that it must find\n: {names or 'none yet'}\n")
         parts.append(f"Since\n: {check.since}\n")
     return "\n".join(parts)
