@@ -12,6 +12,7 @@ import pytest
 
 from pytest_ranks.conformance import Capabilities
 from pytest_ranks.conformance.plan import plan_for
+from pytest_ranks.report.verdict import reasons
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
@@ -20,6 +21,7 @@ PAGES = sorted(
     if not {"generated", "_build"} & {*page.relative_to(DOCS).parts}
 )
 QUICKSTART = DOCS / "tutorial" / "quickstart.md"
+PLAIN = Capabilities(gradient_accumulation=True)  # what the quickstart's subject declares
 VERDICT = ("-p", "no:randomly", "--pyargs", "pytest_ranks.conformance")
 
 
@@ -104,14 +106,22 @@ def test_fix_of_the_quickstart_passes(pytester):
     result.stdout.fnmatch_lines(["PASSED: verified 2 of 2 claims in 1 setting"])
 
 
+def not_applicable(planned):
+    check, setting, _ = planned
+    outcome = "passed" if setting is not None else "not applicable"
+    return {"check": check.id, "setting": "", "outcome": outcome, "text": check.unmet(PLAIN)}
+
+
 def test_table_of_the_quickstart_counts_the_claims_that_there_are():
-    planned = plan_for(Capabilities(gradient_accumulation=True), None)
+    planned = plan_for(PLAIN, None)
     judged = Counter(check.suite for check, setting, _ in planned if setting is not None)
     table = blocks(QUICKSTART, "text")[3]
     for suite in {check.suite for check, _, _ in planned}:
         count = judged[suite]
         row = rf"^{suite} +{count} +{count} +-$" if count else rf"^{suite} +-  not applicable$"
         assert re.search(row, table, re.MULTILINE), f"{suite}: {count} claims are judged"
+    why = [line for line, _ in reasons([*map(not_applicable, planned)])]
+    assert [line for line in table.splitlines() if line.startswith("not applicable")] == why
     assert f"PASSED: verified {judged.total()} of {len(planned)} claims" in table
 
 

@@ -132,5 +132,5 @@ class CheckResult:
 
     @property
     def id(self) -> str:
-        """The check with its setting: `loss.token_weights[ddp-2]`."""
+        """The check with its setting, such as `loss.token_weights[ddp-2]`."""
         return f"{self.check}[{self.setting}]" if self.setting else self.check
