@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pytest_ranks.conformance.check import all_checks
+from pytest_ranks.conformance.materials import Materials
 from pytest_ranks.conformance.self_check import (
     Chosen,
     SharedRanks,
@@ -41,16 +42,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kill-matrix")
 
 
+@pytest.fixture(scope="session")
+def materials(folder: Path) -> Materials:
+    return Materials(folder)
+
+
 @pytest.mark.parametrize("chosen", MUTANTS, ids=lambda chosen: chosen.mutant.name)
-def test_a_mutant_is_killed_for_its_cause(chosen: Chosen, host: RankHost, folder: Path) -> None:
-    entries = kill(SharedRanks(chosen.mutant.subject, folder, host), chosen)
+def test_a_mutant_is_killed_for_its_cause(
+    chosen: Chosen, host: RankHost, folder: Path, materials: Materials
+) -> None:
+    entries = kill(SharedRanks(chosen.mutant.subject, folder, host, materials), chosen)
     survived = [in_one_line(entry) for entry in entries if not entry.killed]
     assert not survived, "\n".join([chosen.mutant.summary, *survived])
 
 
 @pytest.mark.parametrize(("subject", "name"), CLEAN)
-def test_a_clean_subject_passes(subject: str, name: str, host: RankHost, folder: Path) -> None:
-    (entry,) = pass_clean(SharedRanks(subject, folder, host), [name])
+def test_a_clean_subject_passes(
+    subject: str, name: str, host: RankHost, folder: Path, materials: Materials
+) -> None:
+    (entry,) = pass_clean(SharedRanks(subject, folder, host, materials), [name])
     assert entry.killed, entry.result.text
 
 
@@ -92,6 +102,6 @@ def test_the_matrix_names_survivors_and_failing_clean_checks(host: RankHost, fol
     unclean = pass_clean(SharedRanks(mutant.mutant.subject, folder, host), [check])
     lines = []
     assert print_matrix([*survived, *unclean], lines.append) == 1
-    assert "SURVIVED: found, but the cause does not say 'another cause'" in lines[1]
+    assert "SURVIVED: failed, but not for 'another cause'" in lines[1]
     assert f"clean subject  {check}  FAILS: failed" in lines[2]
     assert lines[-1] == "0 of 1 mutants killed; clean subject passes 0 of 1 checks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,10 @@ def tiny_llama(*, dropout: float = 0.0) -> Any:
         return LlamaForCausalLM(config)
 
 
+_BUILDING = threading.RLock()
+"""Seeds are global: two threads that build models at once give each other's weights."""
+
+
 class Materials:
     """Models and tokenizers of one session, on disk for trainers and in memory for oracles.
 
@@ -61,7 +66,7 @@ class Materials:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._initial: dict[tuple[str, float], dict[str, Tensor]] = {}
-        self._gradients: dict[int, list[Weights]] = {}
+        self._gradients: dict[int, tuple[Corpus, list[Weights]]] = {}
 
     def model_dir(self, model: str, *, dropout: float = 0.0) -> str:
         """Return the directory of a model, written at the first request; empty for the table, which has none."""
@@ -84,30 +89,32 @@ class Materials:
     def initial(self, model: str, *, dropout: float = 0.0) -> dict[str, Tensor]:
         """Return a model's parameters before training, by name."""
         key = (model, dropout)
-        if key not in self._initial:
-            built = {"ledger": ledger_llama, "ledger_table": LedgerTable}.get(model, tiny_llama)()
-            self._initial[key] = {
-                name: value.detach().clone() for name, value in built.named_parameters()
-            }
+        with _BUILDING:
+            if key not in self._initial:
+                builders = {"ledger": ledger_llama, "ledger_table": LedgerTable}
+                built = builders.get(model, tiny_llama)()
+                self._initial[key] = {
+                    name: value.detach().clone() for name, value in built.named_parameters()
+                }
         return self._initial[key]
 
     def config(self) -> Any:
         """Return the tiny Llama's configuration, for the oracle."""
-        return tiny_llama().config
+        with _BUILDING:
+            return tiny_llama().config
 
     def sample_gradients(self, corpus: Corpus) -> list[Weights]:
         """Return the small Llama's float64 gradient of each sample's summed loss, computed once a corpus."""
         key = id(corpus)
         if key not in self._gradients:
             weights, config = self.initial("llama"), self.config()
-            self._gradients[key] = [
-                summed_gradient(weights, config, sample) for sample in corpus.samples
-            ]
-        return self._gradients[key]
+            gradients = [summed_gradient(weights, config, sample) for sample in corpus.samples]
+            self._gradients[key] = (corpus, gradients)  # kept, so that no other gets its id
+        return self._gradients[key][1]
 
     def _once(self, name: str, write: Any) -> str:
         target = self.folder / "models" / name
-        with locked(self.folder / "models" / f"{name}.lock"):
+        with _BUILDING, locked(self.folder / "models" / f"{name}.lock"):
             if not (target / "done").exists():
                 write(target)
                 (target / "done").touch()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_ranks.conformance.findings import Inconclusive
 from pytest_ranks.models.corpora import EOS_ID, NULL_ID
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ def flip_test(job: Job, forward: Forward, corpus: Corpus) -> Leak | None:
 
     Returns:
         The first leak, or None when there is none (or no row holds two documents).
+
+    Raises:
+        Inconclusive: the forward's mask is no tensor of 2 or 4 dimensions.
     """
     places = corpus.positions()
     rows = [
@@ -53,6 +57,10 @@ def flip_test(job: Job, forward: Forward, corpus: Corpus) -> Leak | None:
     owners = [_with_ends(row, forward.input_ids[index]) for index, row in enumerate(rows)]
     if all(len(_documents(row)) < 2 for row in owners):
         return None
+    if forward.masked and forward.attention_mask is None:
+        raise Inconclusive(
+            "the model was given an attention mask that cannot be replayed: see the update without packing"
+        )
     model = job.build_model().eval()
     before = _hidden(model, forward, forward.input_ids)
     most = max(len(_documents(row)) for row in owners)

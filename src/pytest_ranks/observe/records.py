@@ -109,13 +109,24 @@ class Collective:
 
 @dataclass(slots=True, kw_only=True)
 class Observed:
-    """All that one rank's spies saw during a run."""
+    """All that one rank's spies saw during a run.
+
+    Attributes:
+        rank: the rank.
+        forwards: calls of the model.
+        steps: optimizer steps.
+        collectives: collective operations.
+        clips: limits of torch's gradient clipping.
+        layer_calls: calls of the model's linear layers with autograd on; more than in an equal run where activations
+            are computed again.
+    """
 
     rank: int
     forwards: list[Forward] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     clips: list[float] = field(default_factory=list)
+    layer_calls: int = 0
 
     def training_forwards(self, step: int | None = None) -> list[Forward]:
         """Return the forwards that autograd recorded, of one step or of all."""

@@ -36,6 +36,7 @@ def watch(model_class: type, *, rank: int) -> Iterator[Observed]:
     seen = Observed(rank=rank)
     with ExitStack() as stack:
         stack.enter_context(_forwards(model_class, seen))
+        stack.enter_context(_layer_calls(seen))
         stack.enter_context(_optimizer_steps(seen))
         stack.enter_context(_clipping(seen))
         if torch.distributed.is_available():
@@ -58,6 +59,21 @@ def _forwards(model_class: type, seen: Observed) -> Iterator[None]:
         yield
     finally:
         model_class.forward = original  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _layer_calls(seen: Observed) -> Iterator[None]:
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def count(module: Any, args: Any) -> None:
+        del args
+        seen.layer_calls += isinstance(module, torch.nn.Linear) and torch.is_grad_enabled()
+
+    handle = register_module_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _forward_record(

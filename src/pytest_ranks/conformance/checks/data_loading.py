@@ -182,6 +182,8 @@ def check_order_changes_every_epoch(bench: Bench) -> None:
     """
     run, batches, _ = _epochs(bench, SHUFFLED, epochs=2, shuffle=True)
     first, second = _halves(batches)
+    if set(Counter(drawn(batches)).values()) != {2} or len(set(drawn(batches))) != SHUFFLED:
+        raise Inconclusive(f"epochs=2 of {SHUFFLED} samples did not draw each of them twice")
     if first == second:
         raise Finding(
             "with shuffle on, the order MUST depend on the epoch",
@@ -370,6 +372,8 @@ def check_no_stale_cache(bench: Bench) -> None:
         [bench.job("ledger", corpus, micro_batch=8) for corpus in (first, second)]
     )
     reading = read_step(run, second)
+    if not reading.trained():
+        raise Inconclusive("the second run trained nothing")
     stale = [pair for pair in reading.trained() if pair in first.targets() and pair[0] != NULL_ID]
     if stale:
         raise Finding(

@@ -96,6 +96,8 @@ def check_targets(bench: Bench) -> None:
     Reference: https://github.com/huggingface/transformers/issues/47394
     """
     for reading in ledger_readings(bench):
+        if not reading.trained():
+            raise Inconclusive("nothing was trained, so there is no target to judge")
         wanted_tokens = {token for token, _ in reading.wanted}
         wrong = [
             pair
@@ -220,6 +222,7 @@ def check_padding_is_inert(bench: Bench) -> None:
     ]
     for run in runs:
         require_finite(run)
+    _padding_was_changed(runs)
     first, second = (run.parameters for run in runs)
     moved = [name for name in first if not torch.equal(first[name], second[name])]
     if moved:
@@ -233,6 +236,26 @@ def check_padding_is_inert(bench: Bench) -> None:
             where=stepped_at(runs[0]),
             run=str(runs[1].folder),
         )
+
+
+def _padding_was_changed(runs: list[Run]) -> None:
+    """Make sure that the two runs fed the model two padding ids, and trained.
+
+    Raises:
+        NotApplicable: no row was padded.
+        Inconclusive: the padding id did not reach the model, or nothing was trained.
+    """
+    fed = [
+        [row for seen in run.observed for f in seen.training_forwards() for row in f.input_ids]
+        for run in runs
+    ]
+    places = CORPUS.positions()  # of all ids but each sample's one end of sequence
+    if all(sum(token not in places for token in row) <= 1 for row in fed[0]):
+        raise NotApplicable("no row was padded")
+    if sorted(fed[0]) == sorted(fed[1]):
+        raise Inconclusive("job.pad_token_id is not the id that rows were padded with")
+    if not any(step.grad_norm for seen in runs[0].observed for step in seen.steps):
+        raise Inconclusive("every gradient was zero, so no update can differ")
 
 
 @check(worlds=(1, 2))

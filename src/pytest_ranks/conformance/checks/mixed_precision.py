@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_ranks.conformance.check import check
-from pytest_ranks.conformance.findings import Finding, Inconclusive
+from pytest_ranks.conformance.findings import AdapterError, Finding, Inconclusive
 from pytest_ranks.conformance.job import Optimizer
 from pytest_ranks.conformance.judging import CORPUS, stepped_at
 from pytest_ranks.conformance.reading import require_finite
@@ -104,6 +104,8 @@ def check_accumulates_in_fp32(bench: Bench) -> None:
     Reference: https://github.com/meta-pytorch/torchtune/issues/2254
     """
     run = _bf16_run(bench, accumulate=True)
+    if any(len(seen.training_forwards(0)) < 2 for seen in run.observed):
+        raise Inconclusive("one forward a step leaves nothing to add up")
     shares = [step.grad_census for seen in run.observed for step in seen.steps]
     _judge_census(
         run,
@@ -305,6 +307,7 @@ def check_recomputation_is_neutral(bench: Bench) -> None:
         torch.equal(runs[0].parameters[name], plain.parameters[name]) for name in plain.parameters
     ):
         raise Inconclusive("dropout 0.5 changed nothing: the model was not run with dropout")
+    _recomputed(runs)
     errors = {
         name: float((runs[0].parameters[name] - runs[1].parameters[name]).abs().max())
         for name in runs[0].parameters
@@ -320,3 +323,17 @@ def check_recomputation_is_neutral(bench: Bench) -> None:
             where=stepped_at(runs[1]),
             run=str(runs[1].folder),
         )
+
+
+def _recomputed(runs: list[Run]) -> None:
+    """Make sure that layers ran again in the second run.
+
+    Raises:
+        AdapterError: they did not.
+    """
+    for plain, again in zip(runs[0].observed, runs[1].observed, strict=True):
+        if again.layer_calls <= plain.layer_calls:
+            raise AdapterError(
+                "job.activation_checkpointing=True, but no layer ran a second time in the backward pass: "
+                "the subject accepts the setting and recomputes nothing"
+            )

@@ -67,9 +67,7 @@ def _judge(bench: Bench, run: Run, samples: tuple[Sample, ...]) -> None:
                 "greedy decoding MUST reproduce what was learned by heart",
                 f"sample {index} differs from offset {place} on: said {said[place : place + 4]}, "
                 f"trained {wanted[place : place + 4]} (reported loss {last:.3f})",
-                cause="some samples of the batch are not in the loss, while others are"
-                if _said_well(model, samples)
-                else "the loss that is reported is not that of the model that is saved, or targets are shifted",
+                cause=_wrong_words(model, samples, said[place], wanted[place + 1 :]),
                 reference="https://github.com/huggingface/transformers/issues/47394",
                 where=stepped_at(run),
                 run=str(run.folder),
@@ -91,9 +89,13 @@ def _cause(run: Run, first: float, last: float) -> str:
     return "targets are inconsistent, gradients are wrong, or the optimizer's state is lost between steps"
 
 
-def _said_well(model: Any, samples: tuple[Sample, ...]) -> bool:
-    """Tell whether greedy decoding reproduces at least one sample."""
-    return any(_greedy(model, sample) == sample["input_ids"] for sample in samples)
+def _wrong_words(model: Any, samples: tuple[Sample, ...], said: int, later: list[int]) -> str:
+    """Return why a model whose loss is low says something else."""
+    if later[:1] == [said]:
+        return "targets are shifted twice: the model says the token after the next"
+    if any(_greedy(model, sample) == sample["input_ids"] for sample in samples):
+        return "some samples of the batch are not in the loss, while others are"
+    return "the loss that is reported is not that of the model that is saved"
 
 
 def _load(bench: Bench, run: Run) -> Any:

@@ -185,3 +185,14 @@ class NoHistory(ReferenceTrainer):
 
         trained = super().train(job)
         return Trained(parameters=trained.parameters)
+
+
+@plant(
+    row="adapter",
+    kills={"mixed_precision.recomputation_is_neutral[single]": "recomputes nothing"},
+)
+class CheckpointingIgnored(_Changed):
+    """Activation checkpointing is accepted and not done."""
+
+    def changes(self, job: Job) -> dict[str, Any]:
+        return {"activation_checkpointing": False}
