@@ -48,7 +48,7 @@ class TailWrapsAround(ReferenceTrainer):
 
 
 @plant(
-    row="D2",
+    row="DL1",
     kills={"data_loading.each_sample_once_an_epoch[single]": "left over at the end"},
 )
 class TailDropped(Trainer):
@@ -165,7 +165,7 @@ class SeedIgnored(Trainer):
 
 
 @plant(
-    row="D1",
+    row="DL2",
     kills={"data_loading.order_depends_on_the_seed[single]": "shuffle is ignored"},
 )
 class ShuffleIgnored(Trainer):
@@ -176,7 +176,7 @@ class ShuffleIgnored(Trainer):
 
 
 @plant(
-    row="D5",
+    row="DL2",
     kills={"data_loading.order_depends_on_the_seed[single]": "not seeded"},
 )
 class OrderNotSeeded(Trainer):
@@ -191,7 +191,7 @@ class OrderNotSeeded(Trainer):
 
 
 @plant(
-    row="D3",
+    row="DL2",
     kills={"data_loading.order_depends_on_the_seed[single]": "though shuffle is off"},
 )
 class AlwaysShuffles(Trainer):
@@ -232,7 +232,7 @@ class CacheKeyFromSeed(Trainer):
 
 
 @plant(
-    row="P10",
+    row="P8",
     kills={"data_loading.inputs_are_the_samples[single]": "truncated"},
 )
 class LongSamplesTruncated(Trainer):

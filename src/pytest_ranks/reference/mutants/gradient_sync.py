@@ -159,7 +159,7 @@ class ClipsToAnotherLimit(Trainer):
 
 
 @plant(
-    row="S6",
+    row="GS2",
     kills={"gradient_sync.clipping_law[single]": "each tensor"},
 )
 class ClipsEachTensor(Trainer):
@@ -252,7 +252,7 @@ class ReducesOnlyTheFirst(Trainer):
 
 
 @plant(
-    row="L24",
+    row="LG1",
     kills={"loss.token_weights[single]": "only the last micro-batch"},
 )
 class OnlyLastMicroBatch(Trainer):
@@ -303,7 +303,7 @@ class OneTensorTwice(Trainer):
 
 
 @plant(
-    row="S9",
+    row="GS4",
     kills={"gradient_sync.every_tensor[ddp-2]": "never updated"},
 )
 class NormsLeftOut(Trainer):

@@ -32,7 +32,7 @@ class _OwnCount(Trainer):
 
 
 @plant(
-    row="L1",
+    row="L1, L9, L11",
     issue="https://github.com/huggingface/transformers/pull/34191",
     kills={
         "loss.token_weights[single]": "mean of micro-batch means",
@@ -182,7 +182,7 @@ class CountsFirstTokens(Trainer):
 
 
 @plant(
-    row="L10",
+    row="LG1",
     kills={"loss.token_weights[single]": "positions fed, padding included"},
 )
 class CountsPadding(Trainer):
@@ -193,7 +193,7 @@ class CountsPadding(Trainer):
 
 
 @plant(
-    row="L10",
+    row="LG1",
     kills={"loss.token_weights[single]": "prompts included"},
 )
 class CountsPrompts(Trainer):
@@ -206,7 +206,7 @@ class CountsPrompts(Trainer):
 
 
 @plant(
-    row="L11",
+    row="LG1",
     kills={"loss.token_weights[ddp-2]": "mean over sequences"},
 )
 class MeanOverSequences(Trainer):

@@ -142,7 +142,7 @@ class ShortSamplesDropped(Trainer):
 
 
 @plant(
-    row="P6",
+    row="PK1",
     kills={"packing.conserves_tokens[single]": "a bin was dropped"},
 )
 class LastBinDropped(Trainer):
@@ -154,7 +154,7 @@ class LastBinDropped(Trainer):
 
 
 @plant(
-    row="P6",
+    row="PK1",
     kills={"packing.conserves_tokens[ddp-2]": "truncat"},
 )
 class RowsTruncated(Trainer):
@@ -186,9 +186,10 @@ class PackingSwitchedOff(ReferenceTrainer):
 
 
 @plant(
-    row="P11",
+    row="P11, P13",
     issue="https://github.com/OpenRLHF/OpenRLHF/issues/587",
     kills={
+        "packing.update_is_that_without_packing[ddp-2]": "packed documents see each other",
         "packing.documents_are_isolated[single]": "attention mask that lets packed documents see",
         "packing.documents_are_isolated[ddp-2]": "attention mask that lets packed documents see",
     },
@@ -201,16 +202,7 @@ class MaskOfOnes(Trainer):
 
 
 @plant(
-    row="P13",
-    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3304",
-    kills={"packing.update_is_that_without_packing[ddp-2]": "packed documents see each other"},
-)
-class PackedLossDiffers(MaskOfOnes.trainer_class()):  # type: ignore[misc]
-    """The packed loss is another than without packing, since documents see each other."""
-
-
-@plant(
-    row="P3",
+    row="PK2",
     kills={"packing.documents_are_isolated[single]": "not every border"},
 )
 class OnlyFirstBorderKept(Trainer):
@@ -300,7 +292,8 @@ class CountsDroppedTokens(_CutsOverlong):
 
 
 @plant(
-    row="P9",
+    row="PK1",
+    issue="https://github.com/verl-project/verl/pull/7553",
     kills={"packing.capacity_is_respected[single]": "one sample too many"},
 )
 class OneSampleTooMany(Trainer):
@@ -322,7 +315,7 @@ class OneSampleTooMany(Trainer):
 
 
 @plant(
-    row="P14",
+    row="PK5",
     kills={"packing.plan_is_deterministic[single]": "keeps state"},
 )
 class PackerKeepsState(Trainer):
@@ -342,7 +335,7 @@ class PackerKeepsState(Trainer):
 
 
 @plant(
-    row="P14",
+    row="PK5",
     issue="https://github.com/axolotl-ai-cloud/axolotl/issues/3848",
     kills={
         "packing.plan_is_deterministic[ddp-2]": "ranks made different plans",

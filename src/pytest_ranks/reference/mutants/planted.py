@@ -20,7 +20,7 @@ class Mutant:
     Attributes:
         name: the subject's class, importable from `pytest_ranks.reference.mutants`.
         suite: the file it stands in.
-        row: the catalogue's row.
+        row: the catalogue's row, or the property (PK1, LG1 ...) where no public report has a row of its own.
         issue: a public report of the same bug; empty where none is known.
         summary: what is wrong, in one sentence.
         kills: check id with setting -> what the finding's cause must say, in lower or upper case.
