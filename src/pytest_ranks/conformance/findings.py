@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 
@@ -82,7 +83,7 @@ class Finding(Exception):
             "found": found,
             "tolerance": self.tolerance,
             "likely": self.cause or "cause unknown",
-            "where": self.where,
+            "where": self.where.removeprefix(f"{os.getcwd()}/"),
             "like": self.reference,
             "run": self.run,
         }
