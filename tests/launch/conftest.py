@@ -113,3 +113,23 @@ def run_session(tmp_path_factory: pytest.TempPathFactory) -> RunSession:
         return Session(done.returncode, done.stdout, rows)
 
     return run
+
+
+StartSession = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start_session(tmp_path: Path) -> StartSession:
+    """Start pytest on one file in `tmp_path` and go on: `start_session("...", "-x")`."""
+
+    def start(text: str, *arguments: str) -> subprocess.Popen[bytes]:
+        write_files(tmp_path, {"test_it.py": text})
+        return subprocess.Popen(
+            command("-p", "no:randomly", *arguments),
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+
+    return start

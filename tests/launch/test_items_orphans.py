@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import command, environment, write_files
 
 pytest.importorskip("torch")
 
@@ -30,16 +28,9 @@ def test_it(rank):
 
 @pytest.mark.parametrize("forked", [True, False], ids=["forked", "fresh"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_survives_the_session(tmp_path, number, forked):
-    write_files(tmp_path, {"test_it.py": HANGING.replace("FOLDER", repr(str(tmp_path)))})
+def test_no_process_survives_the_session(start_session, tmp_path, number, forked):
     arguments = ("-p", "no:rerunfailures") if forked else ()
-    session = subprocess.Popen(
-        command("-p", "no:randomly", *arguments),
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    session = start_session(HANGING.replace("FOLDER", repr(str(tmp_path))), *arguments)
     while len(files := list(tmp_path.glob("*.pids"))) < 2:
         assert session.poll() is None, "the session ended before its ranks ran"
         time.sleep(0.02)
@@ -48,6 +39,35 @@ def test_no_process_survives_the_session(tmp_path, number, forked):
     session.send_signal(number)
     session.wait(timeout=30)
     assert still_alive(pids) == []
+
+
+STUCK = """
+import os, sys, time
+from pathlib import Path
+import pytest
+
+if "pytest_ranks.launch.session" in sys.modules:  # in the zygote alone
+    Path(FOLDER, "part").write_text(str(os.getpid()))
+    Path(FOLDER, "part").rename(Path(FOLDER, "zygote.pids"))
+    time.sleep(1000)
+
+
+@pytest.mark.ranks(2)
+def test_it(rank):
+    pass
+"""
+
+
+@pytest.mark.parametrize("forked", [True, False], ids=["forked", "fresh"])
+def test_a_zygote_that_hangs_does_not_survive_either(start_session, tmp_path, forked):
+    arguments = ("-p", "no:rerunfailures") if forked else ()
+    session = start_session(STUCK.replace("FOLDER", repr(str(tmp_path))), *arguments)
+    while not (noted := tmp_path / "zygote.pids").exists():
+        assert session.poll() is None, "the session ended before its zygote collected"
+        time.sleep(0.02)
+    session.kill()
+    session.wait(timeout=30)
+    assert still_alive([int(noted.read_text())]) == []
 
 
 def still_alive(pids):

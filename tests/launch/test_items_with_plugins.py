@@ -128,7 +128,7 @@ def test_random_order_import_mode_and_warnings_as_errors(run_session):
 
 def test_no_capture_shows_the_ranks_at_once(run_session):
     file = (
-        "import pytest\n@pytest.mark.ranks(2)\ndef test_it(rank): print('shown by', rank.index)\n"
+        "import pytest\n@pytest.mark.ranks(2)\ndef test_it(rank): print(f'shown by {rank.index}')\n"
     )
     session = run_session({"test_it.py": file}, "-s", "-p", "no:randomly")
     assert outcomes(session) == {"test_it": ["passed"]}, session.output

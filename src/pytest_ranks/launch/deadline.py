@@ -105,12 +105,16 @@ def collective_of(error: BaseException | None) -> str:
 
 
 def main_frames(dump: str, main_thread: int) -> list[tuple[str, int, str]]:
-    """Return file, line and function of the main thread's frames, innermost first."""
+    """Return file, line and function of the main thread's frames, innermost first.
+
+    Of the thread that wrote the dump, where the main thread's number is not known (0).
+    """
     frames: list[tuple[str, int, str]] = []
     in_main = False
     for text in dump.splitlines():
         if (head := _THREAD.match(text)) is not None:
-            in_main = int(head[1], 16) == main_thread
+            is_asked = main_thread == 0 and text.startswith("Current thread")
+            in_main = is_asked or int(head[1], 16) == main_thread
         elif in_main and (frame := _FRAME.match(text)) is not None:
             frames.append((frame[1], int(frame[2]), frame[3]))
     return frames

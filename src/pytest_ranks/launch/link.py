@@ -8,13 +8,20 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch.group import early_variables, scrub_rank_variables
-from pytest_ranks.launch.processes import has_ended, kill_tree, read_tail
+from pytest_ranks.launch.processes import (
+    STACKS_SIGNAL,
+    has_ended,
+    kill_tree,
+    read_tail,
+    send_signal,
+)
 from pytest_ranks.launch.wire import (
     Channel,
     ChannelClosed,
@@ -31,8 +38,9 @@ from pytest_ranks.launch.wire import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STORE_SECONDS = 120.0  # the store's process may still be importing torch
+STORE_SECONDS = 300.0  # before the first one the zygote imports and collects
 END_SECONDS = 2.0
+STACKS_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -101,14 +109,14 @@ class ZygoteLink:
         self._stores: Channel | None = None
 
     @classmethod
-    def start_forked(cls, serve: Callable[[Channel, int], NoReturn]) -> ZygoteLink:
+    def start_forked(cls, serve: Callable[[Channel, int, int], NoReturn]) -> ZygoteLink:
         """Start a zygote as a fork of this process, which must have one native thread.
 
         Args:
-            serve: called in the fork with its channel and the pidfd of this process.
+            serve: called in the fork with its channel, the pidfd of this process, and a log.
         """
         ours, theirs = channel_pair()
-        log = os.memfd_create("pytest-ranks-zygote")
+        log = _memory_file("pytest-ranks-zygote")
         controller = os.pidfd_open(os.getpid())
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
@@ -120,7 +128,7 @@ class ZygoteLink:
                 ours.close()
                 os.environ.update(early_variables())
                 scrub_rank_variables()
-                serve(Channel(theirs), controller)
+                serve(Channel(theirs), controller, log)
             except BaseException:
                 with os.fdopen(log, "w") as file:
                     traceback.print_exc(file=file)
@@ -134,7 +142,7 @@ class ZygoteLink:
     def start_fresh(cls, environment: dict[str, str], *options: str) -> ZygoteLink:
         """Start a zygote as a fresh process; returns at once."""
         ours, theirs = channel_pair()
-        log = os.memfd_create("pytest-ranks-zygote")
+        log = _memory_file("pytest-ranks-zygote")
         controller = os.pidfd_open(os.getpid())
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         try:
@@ -177,12 +185,9 @@ class ZygoteLink:
                 label=next(self._labels),
                 rank=rank,
                 channel=ours,
-                output=os.memfd_create("pytest-ranks-output"),
-                stacks=os.memfd_create("pytest-ranks-stacks"),
+                output=_memory_file("pytest-ranks-output"),
+                stacks=_memory_file("pytest-ranks-stacks"),
             )
-            # Appending keeps both streams and the dumps in order, whoever writes.
-            for fd in (handle.output, handle.stacks):
-                _set_append(fd)
             self._handles[handle.label] = handle
             handles.append(handle)
             request = Fork(label=handle.label, rank=rank, world_size=world_size)
@@ -234,12 +239,21 @@ class ZygoteLink:
             raise self._ended() from None
         except TimeoutError:
             raise UnavailableError(
-                f"no rendezvous store was ready after {STORE_SECONDS:g} s. "
-                f"The zygote wrote: {read_tail(self._log) or 'nothing'}"
+                f"the ranks could not start within {STORE_SECONDS:g} s. What the process that "
+                f"they are forked from wrote, and where it is:\n{self.stacks()}"
             ) from None
         if isinstance(answer, str):
             raise UnavailableError(f"no rendezvous store: {answer}")
         return int(answer)
+
+    def stacks(self) -> str:
+        """Return what the zygote is doing, as Python stacks."""
+        before = os.fstat(self._log).st_size
+        send_signal(self._pidfd, STACKS_SIGNAL)
+        end = time.monotonic() + STACKS_SECONDS
+        while os.fstat(self._log).st_size == before and time.monotonic() < end:
+            time.sleep(0.02)
+        return read_tail(self._log)
 
     def close_store(self, port: int) -> None:
         """Give a store back."""
@@ -278,5 +292,8 @@ class ZygoteLink:
         )
 
 
-def _set_append(fd: int) -> None:
+def _memory_file(name: str) -> int:
+    """Return a file without a place; appending keeps its writers' lines in order."""
+    fd = os.memfd_create(name)
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+    return fd

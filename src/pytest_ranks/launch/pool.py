@@ -302,6 +302,12 @@ class _Watch:
     def _stop(self, waiting: list[RankRun], why: str) -> None:
         handles = [self._handles[run.rank] for run in waiting]
         dumps = deadline.dump_stacks(handles)
+        if any(handle.pid is None for handle in handles):
+            own = self._link.stacks()  # the zygote has not come to forking them
+            dumps = [
+                own if handle.pid is None else dump
+                for handle, dump in zip(handles, dumps, strict=True)
+            ]
         for handle, run, dump in zip(handles, waiting, dumps, strict=True):
             run.stopped, run.at, run.stacks = why, time.monotonic(), dump
             run.where = deadline.find_where(dump, handle.main_thread)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import warnings
     from collections.abc import Callable, Generator
 
-    from pytest_ranks.launch.wire import Channel, Configure
+    from pytest_ranks.launch.wire import Configure
+    from pytest_ranks.launch.zygote import Ends
 
 # What reports, selects, times or debugs is the controller's; a rank only runs.
 _CONTROLLERS = (
@@ -204,49 +205,41 @@ class _Sibling:
         return self._item.listchain()[:-1]
 
 
-def serve(
-    session: pytest.Session, channel: Channel, controller: int, shown: tuple[int, ...] = ()
-) -> NoReturn:
+def serve(session: pytest.Session, ends: Ends) -> NoReturn:
     """Turn this pytest session into a zygote; the call never returns.
 
     Args:
         session: about to collect; its own collection never goes on.
-        channel: to the controller.
-        controller: pidfd of the controller.
-        shown: where uncaptured output goes, in a fresh process, which has it elsewhere.
+        ends: what the zygote has of its controller.
     """
     config = session.config
+    shown = ends.shown
     _compat.stop_capture(config)
     if config.option.capture == "no" and not shown:
         shown = (os.dup(1), os.dup(2))
-    log = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):
-        os.dup2(log, number)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, fd in enumerate((nothing, ends.log, ends.log)):
+        os.dup2(fd, number)
+    os.close(nothing)
     _compat.start_capture(config)
     runner = RankSession(session, shown)
-    Zygote(channel, controller, collect=runner.collect, items=runner).serve()
+    Zygote(ends, collect=runner.collect, items=runner).serve()
 
 
-def become(
-    request: Configure, channel: Channel, controller: int, shown: tuple[int, ...]
-) -> NoReturn:
+def become(request: Configure, ends: Ends) -> NoReturn:
     """Start a pytest session with the controller's configuration in this fresh process."""
     os.chdir(request.directory)
     sys.path[:] = request.sys_path
-    pytest.main(list(request.arguments), plugins=[_Follower(request, channel, controller, shown)])
+    pytest.main(list(request.arguments), plugins=[_Follower(request, ends)])
     os._exit(1)  # only where the configuration failed; what pytest printed is in the log
 
 
 class _Follower:
     """Steers a fresh session away from running anything of its own."""
 
-    def __init__(
-        self, request: Configure, channel: Channel, controller: int, shown: tuple[int, ...]
-    ) -> None:
+    def __init__(self, request: Configure, ends: Ends) -> None:
         self._request = request
-        self._shown = shown
-        self._channel = channel
-        self._controller = controller
+        self._ends = ends
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_cmdline_main(
@@ -269,7 +262,7 @@ class _Follower:
         """Serve instead of collecting."""
         if isinstance(collector, pytest.Session):
             collector.config.pluginmanager.unregister(self)
-            serve(collector, self._channel, self._controller, self._shown)
+            serve(collector, self._ends)
 
 
 def _make_quiet(config: pytest.Config) -> None:

@@ -32,10 +32,13 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
     """
     if not fresh and native_threads() == 1 and "torch" not in sys.modules:
 
-        def serve(channel: Channel, controller: int) -> NoReturn:
+        def serve(channel: Channel, controller: int, log: int) -> NoReturn:
             from pytest_ranks.launch import session as rank_session
+            from pytest_ranks.launch.zygote import Ends, start_guardian
 
-            rank_session.serve(session, channel, controller)
+            ends = Ends(channel=channel, controller=controller, log=log)
+            start_guardian(ends)
+            rank_session.serve(session, ends)
 
         link = ZygoteLink.start_forked(serve)
     else:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import os
 import pickle
 import select
 import socket
 import struct
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 _HEADER = struct.Struct("!QI")  # bytes of the pickle, number of descriptors that travel with it
@@ -144,8 +143,6 @@ def is_readable(fd: int, timeout: float | None) -> bool:
 def channel_pair() -> tuple[Channel, socket.socket]:
     """Return our end as a channel and the other end as the socket to hand over."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with contextlib.suppress(OSError):
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     return Channel(ours), theirs
 
 
@@ -164,10 +161,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configure:
-    """Become a pytest session with this configuration, in a fresh process.
-
-    With `-s` the controller's own output comes along, for the ranks to write to.
-    """
+    """Become a pytest session like the controller's; with `-s` its output comes along."""
 
     arguments: tuple[str, ...]
     directory: str
@@ -401,4 +395,4 @@ class Finished:
     warnings: tuple[Warned, ...] = ()
     missing: str | None = None
     sequence: int | None = None
-    errors: tuple[str, ...] = field(default=())
+    errors: tuple[str, ...] = ()

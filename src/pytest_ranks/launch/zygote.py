@@ -10,6 +10,7 @@ it along.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import io
@@ -17,6 +18,7 @@ import os
 import select
 import signal
 import sys
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.launch.group import (
@@ -26,6 +28,7 @@ from pytest_ranks.launch.group import (
     scrub_rank_variables,
 )
 from pytest_ranks.launch.processes import (
+    STACKS_SIGNAL,
     become_subreaper,
     children,
     descendants,
@@ -50,33 +53,53 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+GUARDIAN_SECONDS = 2.0  # what a zygote has to see for itself that its controller is gone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """What a zygote has of its controller.
+
+    Attributes:
+        channel: to the controller.
+        controller: pidfd of the controller.
+        log: file that the controller reads when the zygote ends early or hangs.
+        shown: where uncaptured output of ranks goes, in a fresh process, which has it elsewhere.
+    """
+
+    channel: Channel
+    controller: int
+    log: int
+    shown: tuple[int, ...] = ()
+
+
 class Zygote:
     """Serves one controller: imports, forks, reaps, reports.
 
     Args:
-        channel: to the controller.
-        controller: pidfd of the controller.
+        ends: what it has of the controller.
         collect: collects test files, in a zygote that is a pytest session.
         items: runs items in the ranks of such a zygote.
     """
 
     def __init__(
         self,
-        channel: Channel,
-        controller: int,
+        ends: Ends,
         *,
         collect: Callable[[tuple[str, ...]], None] | None = None,
         items: ItemRunner | None = None,
     ) -> None:
-        self._channel = channel
-        self._controller = controller
+        self._channel = ends.channel
+        self._controller = ends.controller
+        self._log = ends.log
         self._collect = collect
         self._items = items
         self._ranks: dict[int, tuple[int, int]] = {}  # pidfd -> (pid, label)
-        self._helpers: set[int] = set()  # pids of stores
+        self._helpers = set(children(os.getpid()))  # pids of the guardian and the stores
 
     def serve(self) -> NoReturn:
         """Answer the controller until it goes, then end with everything below."""
+        faulthandler.register(STACKS_SIGNAL, file=self._log, all_threads=True, chain=False)
         signal.signal(signal.SIGTERM, lambda *_: self.end())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         become_subreaper()
@@ -160,8 +183,7 @@ class Zygote:
                 die_with_parent(parent)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.close(self._channel.fileno())
-                guarded = os.pidfd_open(parent)
-                _serve_stores(Channel.from_fd(channel), self._controller, parent, guarded)
+                _serve_stores(Channel.from_fd(channel))
             finally:
                 os._exit(0)
         os.close(channel)
@@ -209,58 +231,68 @@ def _prepare(request: Prepare) -> None:
     gc.freeze()  # so that a collection in a rank does not copy every shared page
 
 
-def _serve_stores(channel: Channel, controller: int, zygote: int, guarded: int) -> None:
-    """Open a TCP store on port 0 for each request; stand guard over the zygote meanwhile.
-
-    A zygote that hangs in an import cannot see that its controller is gone; this process can.
-    """
+def _serve_stores(channel: Channel) -> None:
+    """Open a TCP store on port 0 for each request."""
     stores: dict[int, object] = {}
-    poll = select.poll()
-    poll.register(channel.fileno(), select.POLLIN)
-    poll.register(controller, select.POLLIN)
     while True:
-        ready = [fd for fd, _ in poll.poll()]
-        if controller in ready:
-            if not has_ended(guarded, timeout=2):
-                below = [pid for pid in descendants(zygote) if pid != os.getpid()]
-                send_signal(guarded, signal.SIGKILL)
-                for pid in below:
-                    with contextlib.suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
-            return
-        try:
-            requests = channel.receive_all()
-        except ChannelClosed:
-            poll.unregister(channel.fileno())
+        (verb, port), _ = channel.receive()
+        if verb == "close":
+            stores.pop(port, None)
             continue
-        for (verb, port), _ in requests:
-            if verb == "close":
-                stores.pop(port, None)
-                continue
-            try:
-                import torch.distributed as dist
+        try:
+            import torch.distributed as dist
 
-                store = dist.TCPStore(  # type: ignore[attr-defined]
-                    LOOPBACK, 0, is_master=True, wait_for_workers=False
-                )
-            except Exception as error:
-                channel.send(f"{type(error).__name__}: {error}")
-                continue
-            stores[store.port] = store
-            channel.send(store.port)
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                LOOPBACK, 0, is_master=True, wait_for_workers=False
+            )
+        except Exception as error:
+            channel.send(f"{type(error).__name__}: {error}")
+            continue
+        stores[store.port] = store
+        channel.send(store.port)
+
+
+def start_guardian(ends: Ends) -> None:
+    """Fork a process that ends this one, with all below, should it outlive its controller.
+
+    A zygote that hangs in an import cannot see for itself that its controller is gone.
+    """
+    zygote = os.getpid()
+    pidfd = os.pidfd_open(zygote)
+    if os.fork() != 0:
+        os.close(pidfd)
+        return
+    try:
+        os.setsid()
+        ends.channel.close()
+        poll = select.poll()
+        for fd in (ends.controller, pidfd):
+            poll.register(fd, select.POLLIN)
+        poll.poll()
+        if not has_ended(pidfd, timeout=GUARDIAN_SECONDS):
+            below = [pid for pid in descendants(zygote) if pid != os.getpid()]
+            send_signal(pidfd, signal.SIGKILL)
+            for pid in below:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+    finally:
+        os._exit(0)
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Serve the controller whose channel was inherited; no pytest session."""
     os.environ.update(early_variables())
     scrub_rank_variables()
-    channel, controller = Channel.from_fd(int(arguments[0])), int(arguments[1])
+    ends = Ends(
+        channel=Channel.from_fd(int(arguments[0])), controller=int(arguments[1]), log=os.dup(2)
+    )
+    start_guardian(ends)
     if arguments[2:] == ["--pytest"]:
         from pytest_ranks.launch.session import become
 
-        request, shown = channel.receive()
-        become(request, channel, controller, shown)
-    Zygote(channel, controller).serve()
+        request, shown = ends.channel.receive()
+        become(request, replace(ends, shown=shown))
+    Zygote(ends).serve()
 
 
 if __name__ == "__main__":
