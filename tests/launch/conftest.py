@@ -71,7 +71,11 @@ class Session:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_", "RANKS_"))
+    }
     return {**kept, "RECORDED": str(folder / "reports.jsonl"), "PYTHONDONTWRITEBYTECODE": "1"}
 
 

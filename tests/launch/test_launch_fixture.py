@@ -72,8 +72,8 @@ def test_a_failing_script_raises_unless_told_otherwise(launch, tmp_path):
 def test_a_script_at_its_deadline_is_ended_with_its_whole_tree(launch, tmp_path):
     script = tmp_path / "hang.sh"
     script.write_text(HANG)
-    with pytest.raises(RankTimeout, match=r"the script was still running after 10 s and was ended"):
-        launch.script(["--no-python", "sh", script, tmp_path], timeout=10)
+    with pytest.raises(RankTimeout, match=r"the script was still running after 12 s and was ended"):
+        launch.script(["--no-python", "sh", script, tmp_path], timeout=12)
     pids = [int(pid) for file in tmp_path.glob("*.pids") for pid in file.read_text().split()]
     assert len(pids) == 4, "the ranks did not start before the deadline"
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)] == []
