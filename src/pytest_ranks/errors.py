@@ -21,7 +21,7 @@ class UnavailableError(RanksError):
     """Something that this machine or this installation does not have; the text names it."""
 
 
-class RankFailure(RanksError):  # noqa: N818 - the name that a user reads in a traceback
+class RankFailure(RanksError):
     """A function or script on ranks failed.
 
     Attributes:

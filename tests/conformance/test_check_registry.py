@@ -91,7 +91,7 @@ def test_a_setting_selects_itself_and_leaves_other_checks_theirs():
 def test_a_setting_that_the_subject_lacks_is_refused():
     with pytest.raises(
         BadInputError,
-        match="loss.targets has no setting 'fsdp2-2' for this subject. Its settings: single",
+        match=r"loss\.targets has no setting 'fsdp2-2' for this subject\. Its settings: single",
     ):
         plan_for(Capabilities(), ["loss.targets[fsdp2-2]"])
 

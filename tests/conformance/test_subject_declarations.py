@@ -51,9 +51,8 @@ def test_defaults_are_closed():
     declared = Capabilities()
     assert declared.world_sizes == {1}
     assert declared.strategies == {"single"}
-    assert not (
-        declared.clip or declared.packing or declared.gradient_accumulation or declared.resume
-    )
+    for name in ("clip", "packing", "gradient_accumulation", "resume", "lora", "export"):
+        assert not declared.has(name)
 
 
 def test_requirements_are_looked_up_by_name_and_value():

@@ -55,11 +55,13 @@ def test_a_wrong_trainer_is_told_exactly_what_is_wrong(user):
             "loss *F*",
             "*_ loss.token_weights[[]ddp-2[]] _*",
             "loss.token_weights[[]ddp-2[]]: every loss-counted token MUST weigh 1/N",
-            "  found:     weight x N runs from 0.7174 to 1.6500 (rank 0 micro-batch 0: 0.7174; rank 1 micro-batch 0: 1.6500)*",
+            "  found:     weight x N runs from 0.7174 to 1.6500 (rank 0 micro-batch 0: 0.7174; "
+            "rank 1 micro-batch 0: 1.6500)*",
             "  likely:    the loss is the mean of micro-batch means: * (match *; next best hypothesis off by *)",
             "  where:     mine.py:24",
             "  like:      https://github.com/huggingface/transformers/pull/34191",
-            "  reproduce: pytest --pyargs pytest_ranks.conformance --ranks-subject=mine.py:MyTrainer *loss.token_weights?ddp-2?*",
+            "  reproduce: pytest --pyargs pytest_ranks.conformance --ranks-subject=mine.py:MyTrainer "
+            "*loss.token_weights?ddp-2?*",
             "*= verdict on mine.py:MyTrainer =*",
             "suite *claims *passed *failed *time",
             "loss * 1 * 2 * 1 * s",

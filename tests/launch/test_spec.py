@@ -48,7 +48,7 @@ def test_the_signature_that_users_read_is_the_functions_own():
         (
             (2,),
             {"backend": "glo"},
-            "ranks(backend='glo'): expected one of 'gloo'. Did you mean 'gloo'?",
+            "ranks(backend='glo'): expected one of 'gloo', 'nccl'. Did you mean 'gloo'?",
         ),
         (
             (2,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 import os
 import random
 import socket
@@ -152,6 +153,9 @@ def let_tests_initialise() -> None:
 
     dist.init_process_group = init_process_group
     distributed_c10d.init_process_group = init_process_group
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("c10d-"):  # it repeats as a record of level DEBUG what is raised anyway
+            logging.getLogger(name).propagate = False
 
 
 def _next_store() -> PrefixStore:
@@ -207,6 +211,10 @@ class ProcessGroup:
                 timeout=timedelta(seconds=rendezvous.seconds),
             )
             self.watch()
+        if world.backend == "nccl":
+            import torch
+
+            torch.cuda.set_device(world.rank)
         prefix = f"pytest_ranks/{rendezvous.run}"
         dist.init_process_group(
             world.backend,
@@ -226,7 +234,8 @@ class ProcessGroup:
             from torch.distributed.device_mesh import init_device_mesh
 
             names, sizes = zip(*world.mesh, strict=True)
-            self._mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+            kind = "cuda" if world.backend == "nccl" else "cpu"
+            self._mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
         return self._mesh
 
     def sequence(self) -> int | None:

@@ -156,7 +156,7 @@ class RankItems:
             if self._pools is None:
                 self._begin()
             assert self._pools is not None
-            pool = self._pools.take(key, fresh=spec.isolate)
+            pool = self._pools.take(key, fresh=_is_alone(spec))
             pool.last_node_id = item.nodeid
             runs = self._watch(item, spec, key, pool, seconds)
         except UnavailableError as error:
@@ -165,7 +165,7 @@ class RankItems:
             pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
         forward_warnings(self._config, runs)
         decided = reports.decide(item, runs, timeout=seconds, note=self._note(pool))
-        self._settle(key, pool, runs, decided, isolate=spec.isolate)
+        self._settle(key, pool, runs, decided, isolate=_is_alone(spec))
         return decided
 
     def _watch(
@@ -185,7 +185,7 @@ class RankItems:
             seconds=seconds + BEHIND_DEADLINE,
         )
 
-        following, hold = (None, False) if spec.isolate else self._next_of(item, key)
+        following, hold = (None, False) if _is_alone(spec) else self._next_of(item, key)
 
         def request(rank: int) -> RunItem:
             world = World(
@@ -193,7 +193,7 @@ class RankItems:
                 world_size=spec.world_size,
                 backend=spec.backend,
                 mesh=spec.mesh,
-                keep_group=key.scope is not None,
+                keep_group=key.scope is not None and not _is_alone(spec),
                 rendezvous=rendezvous,
                 shared_tmp_path=str(shared),
             )
@@ -339,6 +339,11 @@ class RankItems:
                 f"note: the process that ranks are forked from had {threads} native threads"
             )
         return "\n".join(notes)
+
+
+def _is_alone(spec: RankSpec) -> bool:
+    """Return whether an item gets ranks of its own: a CUDA context is not handed to another test."""
+    return spec.isolate or spec.backend != "gloo"
 
 
 def _is_last(message: object) -> bool:

@@ -71,10 +71,12 @@ class RankContext:
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank."""
+        """The device of this rank: its GPU under nccl, else the CPU."""
         import torch
 
-        return torch.device("cpu")
+        return (
+            torch.device("cuda", self.local_rank) if self.backend == "nccl" else torch.device("cpu")
+        )
 
     @property
     def mesh(self) -> DeviceMesh | None:

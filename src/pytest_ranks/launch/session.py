@@ -47,6 +47,7 @@ _CONTROLLERS = (
     "xdist",
     "xdist.looponfail",
     "ranks-needs",
+    "ranks-verdict",
     "ranks-items",
 )
 

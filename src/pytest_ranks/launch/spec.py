@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pytest_ranks.errors import BadInputError, did_you_mean
 
-BACKENDS = ("gloo",)
+BACKENDS = ("gloo", "nccl")
 SIGNATURE = (
     "ranks(world_size: int | Sequence[int] | None = None, /, *, dp=None, tp=None, pp=None, "
     "timeout=None, backend=None, isolate=False)"
@@ -23,7 +23,7 @@ class RankSpec:
     Attributes:
         world_size: number of ranks.
         mesh: names and sizes of the mesh dimensions, in the order they were given.
-        backend: the process group's backend.
+        backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
         timeout: seconds for the item after its ranks are ready, or None for the default.
         isolate: whether the item gets freshly forked ranks of its own.
     """
@@ -49,7 +49,7 @@ def ranks(
     Args:
         world_size: number of ranks, or several for one test item each.
         timeout: seconds for the test after its ranks are ready.
-        backend: the process group's backend.
+        backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
         isolate: give the test freshly forked ranks, kept by no other test.
         mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, in the order of the mesh.
 

@@ -31,7 +31,8 @@ UNEVEN_LENGTHS = (5, 23, 9, 3, 17, 6, 31, 12)
 """Lengths in tokens with the final EOS; their sum and none of their subsets is a round number of rows."""
 
 UNEVEN_PROMPTS = (0, 15, 2, 3, 4, 5, 9, 1)
-"""Tokens at the start of each sample that are not trained on; 0 leaves the first token unmasked, 3 of 3 leaves no target."""
+"""Tokens at the start of each sample that are not trained on: 0 leaves the first token unmasked,
+3 of 3 leaves no target."""
 
 Sample = dict[str, list[int]]
 
