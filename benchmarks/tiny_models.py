@@ -52,8 +52,8 @@ class Trial:
     trouble: str = ""
 
 
-class DeadlineError(Exception):
-    """The family took longer than its deadline."""
+class DeadlineError(BaseException):
+    """The family took longer than its deadline; no handler of ordinary errors on the way takes it for its own."""
 
 
 def try_family(family: str, *, deadline: float) -> Trial:
@@ -70,7 +70,7 @@ def try_family(family: str, *, deadline: float) -> Trial:
             trouble = next(_troubles(family, found), "")
     except RanksError as error:
         trouble = str(error)
-    except Exception as error:
+    except (Exception, DeadlineError) as error:
         trouble = f"{type(error).__name__}: {' '.join(str(error).split())}"
     seconds = time.perf_counter() - started
     return Trial(family=family, seconds=seconds, trouble=trouble, **found)

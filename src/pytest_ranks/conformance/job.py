@@ -13,7 +13,7 @@ from pytest_ranks.errors import BadInputError
 from pytest_ranks.models.corpora import EOS_ID, IGNORE, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 DATA_FORMATS = ("tokens", "text", "prompt_completion", "messages")
 
@@ -48,6 +48,8 @@ class Job:
         tokenizer_dir: a tokenizer whose words are the ids ("t5 t6"), for trainers that want text.
         samples: `{"input_ids": [...], "labels": [...]}` each; labels are unshifted, -100 is not
             trained.
+        augmented: each reading of a sample uses torch's random numbers, as augmentation does; there is
+            nothing for the subject to do about it.
         pad_token_id: the padding id; on purpose the end-of-sequence id too.
         micro_batch: samples a rank and forward.
         gradient_accumulation_steps: forwards an optimizer step.
@@ -81,7 +83,8 @@ class Job:
     model: str = "ledger"
     model_dir: str = ""
     tokenizer_dir: str = ""
-    samples: tuple[Sample, ...] = ()
+    samples: Sequence[Sample] = ()
+    augmented: bool = False
     pad_token_id: int = EOS_ID
     micro_batch: int = 1
     gradient_accumulation_steps: int = 1

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
 from pytest_ranks.conformance.subject import SubjectRef, Trained, validated
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.observe.draws import Augmented
 from pytest_ranks.observe.spies import watch
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 PARAMETERS = "parameters.safetensors"
 HISTORY = "history.json"
+DRAWS = "draws.jsonl"
 
 
 def train_on_rank(
@@ -40,11 +45,12 @@ def train_on_rank(
     torch.set_num_threads(1)  # also the fastest for models of this size, and deterministic
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
+    _seed(rank)
     subject = ref.load()()
     observed = []
     for job, folder in zip(jobs, folders, strict=True):
         with watch(_model_class(job), rank=rank) as seen:
-            result = subject.train(job)
+            result = subject.train(_augmented(job, Path(folder), rank) if job.augmented else job)
         observed.append(seen)
         if rank == 0:
             try:
@@ -53,6 +59,18 @@ def train_on_rank(
                 return str(error)
             _write(trained, Path(folder), str(ref))
     return observed
+
+
+def _seed(rank: int) -> None:
+    """Give each rank random numbers of its own, as processes that nobody seeds have; a subject may seed them again."""
+    random.seed(rank)
+    numpy.random.seed(rank)
+    torch.manual_seed(rank)
+
+
+def _augmented(job: Job, folder: Path, rank: int) -> Job:
+    folder.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(job, samples=Augmented(job.samples, folder / DRAWS, rank=rank))
 
 
 def _model_class(job: Job) -> type:

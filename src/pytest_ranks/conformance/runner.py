@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pytest_ranks.conformance.subject import Capabilities
     from pytest_ranks.launch.host import RankHost
     from pytest_ranks.models.corpora import Corpus
+    from pytest_ranks.observe.draws import Draw
     from pytest_ranks.observe.records import Observed
 
 
@@ -52,6 +53,7 @@ class Run:
         parameters: full tensors after training.
         history: what the subject reported, a dict a step.
         observed: what the spies saw, by rank.
+        draws: readings of samples, for a job with `augmented`.
     """
 
     job: Job
@@ -59,6 +61,7 @@ class Run:
     parameters: dict[str, Tensor]
     history: list[dict[str, Any]]
     observed: tuple[Observed, ...]
+    draws: tuple[Draw, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +187,8 @@ class Session:
             return seen
         from safetensors.torch import load_file
 
-        from pytest_ranks.conformance.rank_side import HISTORY, PARAMETERS
+        from pytest_ranks.conformance.rank_side import DRAWS, HISTORY, PARAMETERS
+        from pytest_ranks.observe.draws import read_draws
 
         runs = []
         for index, job in enumerate(jobs):
@@ -196,6 +200,7 @@ class Session:
                     parameters=load_file(result / PARAMETERS),
                     history=json.loads((result / HISTORY).read_text()),
                     observed=tuple(rank[index] for rank in seen),
+                    draws=tuple(read_draws(result / DRAWS)),
                 )
             )
         return runs

@@ -57,6 +57,7 @@ class RankItems:
         self._order: list[tuple[str, PoolKey]] = []
         self._index: dict[str, int] = {}
         self._next: pytest.Item | None = None
+        self._early: Pool | None = None
         self._files: tuple[str, ...] = ()
         self._starts = 0
         self._owner = os.getpid()
@@ -128,11 +129,19 @@ class RankItems:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(
-        self, nextitem: pytest.Item | None
+        self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
-        """Remember what runs next in this session."""
+        """Remember what runs next in this session; have ranks before pytest-timeout's clock starts."""
         self._next = nextitem
-        return (yield)
+        if item.nodeid in self._index and _compat.timeout_of(item) is not None:
+            with contextlib.suppress(UnavailableError):  # the item meets it again
+                self._early = self._take(item)
+        try:
+            return (yield)
+        finally:
+            if self._early is not None and self._pools is not None:  # the item did not run
+                self._pools.give_back(self._order[self._index[item.nodeid]][1], self._early)
+            self._early = None
 
     def _run(self, item: pytest.Item) -> None:
         """Stand in for the item's `runtest`."""
@@ -153,10 +162,7 @@ class RankItems:
         seconds = self._seconds(item, spec)
         key = self._order[self._index[item.nodeid]][1]
         try:
-            if self._pools is None:
-                self._begin()
-            assert self._pools is not None
-            pool = self._pools.take(key, fresh=_is_alone(spec))
+            pool, self._early = self._early or self._take(item), None
             pool.last_node_id = item.nodeid
             runs = self._watch(item, spec, key, pool, seconds)
         except UnavailableError as error:
@@ -167,6 +173,15 @@ class RankItems:
         decided = reports.decide(item, runs, timeout=seconds, note=self._note(pool))
         self._settle(key, pool, runs, decided, isolate=_is_alone(spec))
         return decided
+
+    def _take(self, item: pytest.Item) -> Pool:
+        spec = marks.read(item).spec
+        assert spec is not None
+        if self._pools is None:
+            self._begin()
+        assert self._pools is not None
+        key = self._order[self._index[item.nodeid]][1]
+        return self._pools.take(key, fresh=_is_alone(spec))
 
     def _watch(
         self, item: pytest.Item, spec: RankSpec, key: PoolKey, pool: Pool, seconds: float

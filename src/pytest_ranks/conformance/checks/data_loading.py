@@ -10,7 +10,9 @@ from pytest_ranks.conformance.findings import Finding, Inconclusive
 from pytest_ranks.conformance.inputs import changed_cause, without_padding
 from pytest_ranks.conformance.job import Optimizer
 from pytest_ranks.conformance.judging import CORPUS, stepped_at
+from pytest_ranks.conformance.randomness import repeated_numbers
 from pytest_ranks.conformance.reading import drawn, micro_batches, read_step
+from pytest_ranks.conformance.tails import draw_cause, tail_violations
 from pytest_ranks.models.corpora import EOS_ID, NULL_ID, Corpus, uniform_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB
 
@@ -26,7 +28,13 @@ SHUFFLED = 24
 
 
 def _epochs(
-    bench: Bench, count: int, *, epochs: int, shuffle: bool = False, seed: int = 11
+    bench: Bench,
+    count: int,
+    *,
+    epochs: int,
+    shuffle: bool = False,
+    seed: int = 11,
+    augmented: bool = False,
 ) -> tuple[Run, list[MicroBatch], Corpus]:
     """Train epochs of a uniform corpus with the smallest windows that exercise accumulation."""
     corpus = uniform_corpus(count, vocab_size=LEDGER_VOCAB)
@@ -40,6 +48,7 @@ def _epochs(
         epochs=epochs,
         shuffle=shuffle,
         seed=seed,
+        augmented=augmented,
         optimizer=SMALL,
     )
     run = bench.train(job)
@@ -70,54 +79,16 @@ def check_each_sample_once_an_epoch(bench: Bench) -> None:
             continue
         run, batches, corpus = _epochs(bench, count, epochs=1)
         counts = Counter(drawn(batches))
-        wrong = _tail_violations(counts, count, run, tail)
+        wrong = tail_violations(counts, count, run, tail)
         if wrong:
             raise Finding(
                 f"in an epoch each sample MUST be drawn once (tail={tail!r})",
                 f"{count} samples on {world} ranks: {wrong}",
-                cause=_draw_cause(run, corpus, counts),
+                cause=draw_cause(run, corpus, counts),
                 reference="https://github.com/huggingface/transformers/pull/11254",
                 where=stepped_at(run),
                 run=str(run.folder),
             )
-
-
-def _tail_violations(counts: Counter[int], count: int, run: Run, tail: str) -> str:
-    missing = [index for index in range(count) if not counts[index]]
-    twice = {index: times for index, times in counts.items() if times > 1}
-    if tail == "partial" and (missing or twice):
-        return _said(missing, twice)
-    if tail == "pad":
-        # A wrapped-around epoch fills at most one global batch, and draws no sample a third time before all a second.
-        extra = sum(counts.values()) - count
-        uneven = count >= run.job.global_batch and max(counts.values()) > 2
-        if missing or extra >= max(run.job.global_batch, 1) or uneven:
-            return _said(missing, twice)
-    if tail in ("drop", "carry") and (twice or len(missing) >= run.job.global_batch):
-        return _said(missing, twice)
-    return ""
-
-
-def _said(missing: list[int], twice: dict[int, int]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"samples {missing[:6]} were never drawn")
-    if twice:
-        parts.append(f"draws of sample: {dict(sorted(twice.items())[:6])}")
-    return "; ".join(parts) or "more padding than one global batch"
-
-
-def _draw_cause(run: Run, corpus: Corpus, counts: Counter[int]) -> str:
-    world, count = run.job.world_size, len(corpus.samples)
-    if world > 1 and all(counts[index] == world for index in range(count)):
-        return "every rank iterates over all samples: there is no shard per rank"
-    batches = micro_batches(run, corpus)
-    by_rank = [[b.samples for b in batches if b.rank == rank] for rank in range(world)]
-    if world > 1 and all(mine == by_rank[0] for mine in by_rank):
-        return "ranks draw the same samples: each takes the same shard"
-    if not all(counts[index] for index in range(count)):
-        return "samples left over at the end of the epoch are dropped"
-    return "the tail is filled by drawing samples again"
 
 
 @check(worlds=(2, 4))
@@ -257,6 +228,33 @@ def _raise_order(run: Run, found: str, cause: str) -> NoReturn:
         where=stepped_at(run),
         run=str(run.folder),
     )
+
+
+@check(worlds=(1, 2), strategies=("single", "ddp"))
+def check_random_numbers_differ(bench: Bench) -> None:
+    """Train two epochs on samples that use torch's random numbers when they are read, as augmentation does.
+
+    Claim: Random numbers MUST differ between ranks and between epochs.
+
+    Why it matters: With the same numbers each epoch, augmentation shows the same dataset again; with
+    the same on all ranks, dropout and augmentation are as varied as on one.
+
+    Likely causes: Every rank seeded alike; a generator seeded anew at the start of each epoch, or in
+    each loader process.
+
+    Reference: https://github.com/Lightning-AI/pytorch-lightning/issues/20412
+    """
+    count = 8 * bench.setting.world_size
+    run, _, _ = _epochs(bench, count, epochs=2, augmented=True)
+    found, cause = repeated_numbers(run.draws, count=count, epochs=2)
+    if found:
+        raise Finding(
+            "random numbers MUST differ between ranks and between epochs",
+            found,
+            cause=cause,
+            reference="https://github.com/Lightning-AI/pytorch-lightning/issues/20412",
+            run=str(run.folder),
+        )
 
 
 @check(worlds=(2, 4))

@@ -34,6 +34,31 @@ class SameOrderEachEpoch(Trainer):
 
 
 @plant(
+    row="DL3",
+    issue="https://github.com/huggingface/transformers/issues/31412",
+    kills={"data_loading.random_numbers_differ[ddp-2]": "are seeded alike"},
+)
+class RanksSeededAlike(Trainer):
+    """Every rank seeds its generator with the same number."""
+
+    def seed(self) -> None:
+        torch.manual_seed(self.config.seed)
+
+
+@plant(
+    row="D5",
+    issue="https://github.com/Lightning-AI/pytorch-lightning/issues/20412",
+    kills={"data_loading.random_numbers_differ[single]": "seeded anew in every epoch"},
+)
+class ReseedsEachEpoch(Trainer):
+    """The generator is seeded with the same number at the start of each epoch."""
+
+    def order(self, epoch: int) -> list[int]:
+        torch.manual_seed(self.config.seed + self.world.rank)
+        return super().order(epoch)
+
+
+@plant(
     row="D2",
     issue="https://github.com/pytorch/pytorch/issues/25162",
     kills={"data_loading.each_sample_once_an_epoch[single]": "drawing samples again"},
