@@ -107,11 +107,14 @@ class VerdictReporter:
         """Return why a session without failures must fail all the same; empty when it need not."""
         if not self.records:
             return ""
-        if not any(record["outcome"] in JUDGED for record in self.records):
-            return "no check judged anything: every one was not applicable, not run or unclear"
+        if not any(record["outcome"] in ("passed", "failed") for record in self.records):
+            return "nothing was verified: no check passed or failed"
         not_run = [record for record in self.records if record["outcome"] == "not run"]
         if settings(self.config).require and not_run:
-            return f"{len(not_run)} checks were not run, and --ranks-require was given"
+            were = "was" if len(not_run) == 1 else "were"
+            return (
+                f"{_counted(len(not_run), 'check')} {were} not run, and --ranks-require was given"
+            )
         return ""
 
 
