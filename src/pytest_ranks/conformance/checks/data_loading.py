@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.conformance.check import check
 from pytest_ranks.conformance.findings import Finding, Inconclusive
-from pytest_ranks.conformance.inputs import changed_cause, without_padding
+from pytest_ranks.conformance.inputs import (
+    accepted_inputs,
+    changed_cause,
+    fed_rows,
+    without_padding,
+)
 from pytest_ranks.conformance.job import Optimizer
 from pytest_ranks.conformance.judging import CORPUS, stepped_at
 from pytest_ranks.conformance.randomness import repeated_numbers
 from pytest_ranks.conformance.reading import drawn, micro_batches, read_step
 from pytest_ranks.conformance.tails import draw_cause, tail_violations
-from pytest_ranks.models.corpora import EOS_ID, NULL_ID, Corpus, uniform_corpus
+from pytest_ranks.models.corpora import NULL_ID, Corpus, uniform_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB
 
 if TYPE_CHECKING:
@@ -310,17 +315,16 @@ def check_inputs_are_the_samples(bench: Bench) -> None:
     Reference: https://github.com/OpenRLHF/OpenRLHF/issues/393
     """
     run = _one_step(bench)
-    rows = [row for seen in run.observed for f in seen.training_forwards() for row in f.input_ids]
-    places = CORPUS.positions()
     pad = run.job.pad_token_id
+    rows = [r for seen in run.observed for f in seen.training_forwards() for r in fed_rows(f, pad)]
+    places = CORPUS.positions()
     for row in rows:
         owners = {places[token].sample for token in row if token in places}
         if len(owners) != 1:
             continue  # a row of padding, or of packed documents, which `packing` judges
         wanted = CORPUS.samples[owners.pop()]["input_ids"]
         found = without_padding(row, pad, like=wanted)
-        also = [wanted, [*wanted, EOS_ID]] if bench.capabilities.adds_eos else [wanted]
-        if found not in also:
+        if found not in accepted_inputs(wanted, adds_eos=bench.capabilities.adds_eos):
             raise Finding(
                 "the model MUST be given each sample's ids whole, in order, and nothing else but padding",
                 f"a sample of {len(wanted)} ids, {wanted[:4]}..., was given as {len(found)} ids: {found[:6]}...",
