@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.link import RankHandle, ZygoteLink
 
-# Seconds that ranks have for their own end after one rank failed; its sockets are cut by then.
-GRACE = 1.0
+# Seconds that ranks have for their own end after one rank failed; its sockets are cut by then, so
+# that only a rank that is not in a collective, or a very loaded machine, needs more than milliseconds.
+GRACE = 2.0
 STATUS_SECONDS = 1.0
 # Seconds between two looks at ranks that are still at work when others have finished.
 PROBE_SECONDS = 0.5
