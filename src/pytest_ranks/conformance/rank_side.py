@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pytest_ranks.conformance.subject import SubjectRef, Trained, validated
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.launch.rank import current_rank
 from pytest_ranks.observe.draws import Augmented
 from pytest_ranks.observe.spies import watch
 
@@ -43,8 +44,7 @@ def train_on_rank(
         a `Trained`, one sentence about it.
     """
     torch.set_num_threads(1)  # also the fastest for models of this size, and deterministic
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
+    rank = current_rank().index  # a process group may not be there yet: a subject may make its own
     _seed(rank)
     subject = ref.load()()
     observed = []
