@@ -4,8 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
+SLOW = (
+    "conformance/test_bad_subjects.py",
+    "conformance/test_kill_matrix.py",
+    "conformance/test_verdict.py",
+    "docs",
+    "launch/test_host.py",
+    "launch/test_items_*.py",
+    "launch/test_launch_fixture.py",
+    "models/test_tiny_families.py",
+    "reference/test_reference_cli.py",
+    "reference/test_reference_ranks.py",
+    "subjects",
+)
+"""Tests that start ranks, or build every family of models: seconds each, where others take milliseconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `tox -e test-quick` leaves out."""
+    for item in items:
+        path = item.path.relative_to(HERE) if item.path.is_relative_to(HERE) else Path()
+        if any(path.match(entry) or entry == path.parts[0] for entry in SLOW if path.parts):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="session")
