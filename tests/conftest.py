@@ -18,6 +18,7 @@ SLOW = (
     "launch/test_items_*.py",
     "launch/test_launch_fixture.py",
     "models/test_tiny_families.py",
+    "models/test_tiny_models_page.py",
     "reference/test_reference_cli.py",
     "reference/test_reference_ranks.py",
     "subjects",
