@@ -81,10 +81,13 @@ def expected_weights(reading: Reading, weighting: str) -> dict[Pair, float] | No
         return {pair: float(times) for pair, times in reading.wanted.items()}
     counts = counts_by_sample(reading.corpus)
     if weighting == "sequence":
-        trained = sum(count > 0 for count in counts)
+        draws = {_sample(reading, pair): times for pair, times in reading.wanted.items()}
+        trained = sum(
+            draws.values()
+        )  # of those that were drawn: a window may hold some samples only
         return {
-            pair: reading.count / (counts[_sample(reading, pair)] * trained)
-            for pair in reading.wanted
+            pair: times * reading.count / (counts[_sample(reading, pair)] * trained)
+            for pair, times in reading.wanted.items()
         }
     if not reading.batches:
         return None

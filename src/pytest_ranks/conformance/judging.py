@@ -9,15 +9,16 @@ from pytest_ranks.conformance.causes import expected_weights, weight_hypotheses
 from pytest_ranks.conformance.findings import MATCH, Finding, Hypothesis, Inconclusive, diagnose
 from pytest_ranks.conformance.inputs import padding_before_tokens
 from pytest_ranks.conformance.positions import nothing_trained
-from pytest_ranks.conformance.reading import read_step
+from pytest_ranks.conformance.reading import Reading, drawn, micro_batches, read_step
 from pytest_ranks.conformance.update_causes import update_hypotheses
 from pytest_ranks.models.corpora import unique_token_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from pytest_ranks.conformance.reading import Reading
+    from torch import Tensor
+
     from pytest_ranks.conformance.runner import Bench, Run
     from pytest_ranks.models.corpora import Corpus
 
@@ -101,6 +102,39 @@ def judge_weights(
             where=stepped_at(reading.run),
             run=str(reading.run.folder),
         )
+
+
+def window_weights(
+    run: Run, corpus: Corpus, ledger: Tensor, *, step: int, of: Iterable[int], weighting: str
+) -> list[float]:
+    """Return what each target of some samples weighs after a step that trained them, over what it must weigh.
+
+    Args:
+        run: a run of the ledger.
+        corpus: its samples.
+        ledger: the weights, where no other step trained these samples.
+        step: the step, whose samples share the weight.
+        of: samples of that step.
+        weighting: as declared.
+
+    Raises:
+        Inconclusive: when the declared weighting cannot be predicted.
+    """
+    batches = micro_batches(run, corpus, step=step)
+    reading = Reading(
+        run=run,
+        corpus=corpus,
+        weights=ledger,
+        wanted=corpus.targets(drawn(batches)),
+        batches=batches,
+    )
+    expected = expected_weights(reading, weighting)
+    if expected is None:
+        raise Inconclusive(
+            f"weighting={weighting!r} depends on the micro-batches, which no spy saw"
+        )
+    found = reading.scaled()
+    return [found[pair] / expected[pair] for pair in corpus.targets(of)]
 
 
 def weights_in_words(reading: Reading) -> str:

@@ -19,9 +19,10 @@ from pytest_ranks.conformance.judging import (
     ledger_readings,
     stepped_at,
     weights_in_words,
+    window_weights,
 )
 from pytest_ranks.conformance.reading import PRESENT, drawn, micro_batches, require_finite
-from pytest_ranks.models.corpora import counted_targets, unique_token_corpus
+from pytest_ranks.models.corpora import unique_token_corpus
 from pytest_ranks.models.ledger import LEDGER_VOCAB, read_ledger
 
 if TYPE_CHECKING:
@@ -320,14 +321,18 @@ def check_gradients_are_cleared(bench: Bench) -> None:
         )
     if set(first) & set(drawn(batches, step=1)):
         raise Inconclusive("both steps drew the same sample, so their updates cannot be told apart")
-    total = sum(counted_targets(corpus.samples[sample]) for sample in first)
-    weights = [float(ledger[pair]) * total for pair in corpus.targets(first)]
-    if max(map(abs, weights)) < PRESENT:
-        raise Inconclusive("step 1 trained nothing, so nothing of it can come back in step 2")
-    if bench.capabilities.weighting == "token" and max(weights) > 1.5:
+    weighting = bench.capabilities.weighting
+    weights, later = (
+        window_weights(run, corpus, ledger, step=step, of=samples, weighting=weighting)
+        for step, samples in enumerate([first, drawn(batches, step=1)])
+    )
+    for step, trained in enumerate([weights, later], start=1):
+        if max(map(abs, trained)) < PRESENT:
+            raise Inconclusive(f"step {step} trained nothing, so nothing of step 1 can come back")
+    if max(weights) > 1.5 * max(later):  # a wrong scale is the same in both: judged elsewhere
         raise Finding(
             "a step MUST apply the gradients of its own global batch only",
-            f"samples of step 1 weigh up to {max(weights):.3f} x 1/N after step 2, expected 1",
+            f"samples of step 1 weigh {max(weights):.3f} x what they must, those of step 2 {max(later):.3f} x",
             cause="gradients are not cleared between steps: step 2 applied step 1's again",
             reference="https://github.com/meta-pytorch/torchforge/pull/71",
             where=stepped_at(run),

@@ -17,6 +17,7 @@ from pytest_ranks.conformance.judging import (
     layout_of,
     ledger_readings,
     stepped_at,
+    window_weights,
 )
 from pytest_ranks.conformance.positions import explain_positions
 from pytest_ranks.conformance.reading import PRESENT, drawn, micro_batches, require_finite
@@ -315,10 +316,11 @@ def check_partial_window(bench: Bench) -> None:
 def _judge_last_window(
     run: Run, corpus: Corpus, steps: dict[int, list[int]], weighting: str
 ) -> None:
-    if weighting != "token":
-        raise Inconclusive(f"weighting={weighting!r}: only a token mean is judged on short windows")
+    if weighting == "micro_batch":
+        raise NotApplicable("weighting='micro_batch' is split-dependent by declaration")
     ledger = read_ledger(run.parameters, lr=run.job.optimizer.lr)
     _nothing_else_was_trained(run, corpus, ledger)
+    what = "weight x N" if weighting == "token" else f"weight over that of weighting={weighting!r}"
     everywhere = [sample for samples in steps.values() for sample in samples]
     for step, samples in steps.items():
         # A sample that an earlier step trained too is no clean reading: its logits were not zero any more.
@@ -327,8 +329,7 @@ def _judge_last_window(
             for sample in set(samples)
             if everywhere.count(sample) == samples.count(sample) == 1
         ]
-        total = sum(counted_targets(corpus.samples[sample]) for sample in samples)
-        scaled = [float(ledger[pair]) * total for pair in corpus.targets(once)]
+        scaled = window_weights(run, corpus, ledger, step=step, of=once, weighting=weighting)
         off = [value for value in scaled if abs(value - 1) > LEDGER_TOLERANCE]
         if off:
             share = len(samples) / run.job.global_batch
@@ -339,9 +340,9 @@ def _judge_last_window(
             )
             raise Finding(
                 "each window MUST be divided by its own token count",
-                f"weight x N runs from {min(scaled):.4f} to {max(scaled):.4f} in step {step + 1} "
+                f"{what} runs from {min(scaled):.4f} to {max(scaled):.4f} in step {step + 1} "
                 f"({len(samples)} samples in place of {run.job.global_batch})",
-                tolerance=f"{LEDGER_TOLERANCE:g} on weight x N",
+                tolerance=f"{LEDGER_TOLERANCE:g} on {what}",
                 cause=cause,
                 reference="https://github.com/Lightning-AI/pytorch-lightning/issues/19987",
                 where=stepped_at(run),
