@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,17 +22,17 @@ def rank() -> RankContext:
     from pytest_ranks.errors import UnavailableError
     from pytest_ranks.launch.rank import current_rank
 
-    try:
+    with contextlib.suppress(UnavailableError):
         return current_rank()
-    except UnavailableError:
-        pytest.fail(
-            "the fixture 'rank' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
-            pytrace=False,
-        )
+    # outside of an except clause, so that the report is this sentence alone
+    pytest.fail(
+        "the fixture 'rank' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
+        pytrace=False,
+    )
 
 
 @pytest.fixture(scope="session")
-def launch() -> Generator[Launcher]:
+def launch(pytestconfig: pytest.Config) -> Generator[Launcher]:
     """Run functions and scripts on ranks from an ordinary test.
 
     `launch(function, world_size=2, args=(3,))` returns the results by rank;
@@ -39,11 +40,15 @@ def launch() -> Generator[Launcher]:
     """
     from pytest_ranks.hardware.requirements import PackageNeed, unmet
     from pytest_ranks.launch.functions import Launcher
+    from pytest_ranks.options import settings
 
     reason = unmet(PackageNeed(name="torch"))
     if reason is not None:
         pytest.skip(reason)
-    launcher = Launcher()
+    chosen = settings(pytestconfig)
+    launcher = Launcher(
+        max_world_size=chosen.max_world_size, said_by=chosen.source("max_world_size")
+    )
     yield launcher
     launcher.close()
 

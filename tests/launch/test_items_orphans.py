@@ -70,6 +70,30 @@ def test_a_zygote_that_hangs_does_not_survive_either(start_session, tmp_path, fo
     assert still_alive([int(noted.read_text())]) == []
 
 
+SCRIPT = """
+import os, time
+from pathlib import Path
+part = Path(FOLDER, os.environ["RANK"] + ".part")
+part.write_text(f"{os.getpid()} {os.getppid()}")
+part.rename(part.with_suffix(".pids"))
+time.sleep(1000)
+"""
+
+
+def test_no_script_survives_the_session(start_session, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("FOLDER", repr(str(tmp_path))))
+    session = start_session(f"def test_it(launch): launch.script([{str(script)!r}])")
+    while len(files := list(tmp_path.glob("*.pids"))) < 2:
+        assert session.poll() is None, "the session ended before its script ran"
+        time.sleep(0.02)
+    pids = {int(pid) for file in files for pid in file.read_text().split()}
+    assert len(pids) == 2 + 1  # ranks and torchrun
+    session.kill()
+    session.wait(timeout=30)
+    assert still_alive(pids) == []
+
+
 def still_alive(pids):
     """Return which of these processes live on, once none does or patience is over."""
     for _ in range(250):

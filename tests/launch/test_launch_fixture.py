@@ -22,6 +22,16 @@ import os
 if os.environ["RANK"] == "1":
     raise SystemExit("rank 1 gives up")
 """
+MISUSED = """
+import pytest
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_function(launch, size):
+    launch("nosuch:fn", world_size=size)
+
+def test_script(launch):
+    launch.script("train.py")
+"""
 HANG = """
 sleep 1000 & echo $$ $! > $1/$RANK.part
 mv $1/$RANK.part $1/$RANK.pids
@@ -87,14 +97,90 @@ def test_a_script_at_its_deadline_is_ended_with_its_whole_tree(launch, tmp_path)
             "command='train.py': expected a list of the script and its arguments, such as "
             "['train.py', '--steps', '3'].",
         ),
-        ({"world_size": 0}, "world_size=0: expected a whole number of at least 1."),
-        ({"timeout": 0}, "timeout=0: expected a number of seconds above 0."),
+        ({"command": ["x.py", 3]}, "command=['x.py', 3]: 3 is no text; write '3'."),
+        ({"cwd": "/no/such"}, "cwd='/no/such': there is no such folder."),
+        (
+            {"command": ["nosuch.py"], "cwd": "/"},
+            "command=['nosuch.py']: there is no file 'nosuch.py' in '/'.",
+        ),
     ],
 )
-def test_bad_arguments_get_one_sentence(launch, arguments, text):
+def test_bad_scripts_get_one_sentence(launch, arguments, text):
     with pytest.raises(BadInputError) as caught:
-        launch.script(**{"command": ["x.py"], **arguments})
+        launch.script(**{"command": ["-m", "x"], **arguments})
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("start", ["function", "script"])
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"world_size": 0}, "world_size=0: expected a whole number of at least 1."),
+        ({"world_size": True}, "world_size=True: expected a whole number of at least 1."),
+        (
+            {"world_size": 65},
+            "world_size=65: expected at most 64 (default); allow more with "
+            "--ranks-max-world-size=65.",
+        ),
+        ({"timeout": 0}, "timeout=0: expected a number of seconds above 0."),
+        ({"timeout": "x"}, "timeout='x': expected a number of seconds above 0."),
+        ({"timeout": float("inf")}, "timeout=inf: expected a number of seconds above 0."),
+        (
+            {"env": {"A": 1}},
+            "env={'A': 1}: expected names and values as texts, such as {'A': '1'}.",
+        ),
+    ],
+)
+def test_bad_arguments_get_one_sentence(launch, start, arguments, text):
+    begin, what = (launch, "os:getpid") if start == "function" else (launch.script, ["-m", "x"])
+    with pytest.raises(BadInputError) as caught:
+        begin(what, **arguments)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"args": 1}, "args=1: expected a tuple of arguments, such as (1,)."),
+        ({"args": "ab"}, "args='ab': expected a tuple of arguments, such as ('ab',)."),
+        ({"kwargs": [1]}, "kwargs=[1]: expected a dict of arguments by name."),
+    ],
+)
+def test_bad_arguments_of_the_function_get_one_sentence(launch, arguments, text):
+    with pytest.raises(BadInputError) as caught:
+        launch(rank_and_argument, **arguments)
+    assert str(caught.value) == text
+
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("zzz",)
+
+
+def test_a_result_that_cannot_be_read_is_named(launch):
+    with pytest.raises(RankFailure) as caught:
+        launch(Unreadable, world_size=1)
+    assert str(caught.value) == (
+        "the result of rank 0 cannot be unpickled in this process (ValueError: invalid literal "
+        "for int() with base 10: 'zzz'): return plain data."
+    )
+
+
+def test_a_report_shows_no_code_of_ours(run_session):
+    session = run_session({"test_it.py": MISUSED})
+    assert session.returncode == 1
+    assert "nosuch" in session.output
+    assert "launch/functions.py" not in session.output
+    assert "launch/host.py" not in session.output
+
+
+def test_torchrun_leaves_no_folder(launch, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FAIL)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    launch.script([script], timeout=60, check=False, env={"TMPDIR": str(folder)})
+    assert list(folder.iterdir()) == []
 
 
 def is_zombie(pid):

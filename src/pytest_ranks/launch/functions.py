@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.host import RankHost
-from pytest_ranks.launch.processes import descendants, kill_tree
+from pytest_ranks.launch.processes import descendants, die_with_parent, kill_tree
+from pytest_ranks.launch.spec import check_environment, check_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,9 +44,16 @@ class ScriptResult:
 
 
 class Launcher:
-    """Starts functions and scripts on ranks; one for a session, its processes made when needed."""
+    """Starts functions and scripts on ranks; one for a session, its processes made when needed.
 
-    def __init__(self) -> None:
+    Args:
+        max_world_size: the most ranks that one call may ask for.
+        said_by: where that number comes from.
+    """
+
+    def __init__(self, *, max_world_size: int, said_by: str) -> None:
+        self._most = max_world_size
+        self._said_by = said_by
         self._host: RankHost | None = None
 
     def __call__(
@@ -76,6 +86,9 @@ class Launcher:
             RankFailure: a rank raised or died; the one that failed first comes first.
             RankTimeout: ranks did not end in time; the text holds the stacks of all of them.
         """
+        __tracebackhide__ = True
+        check_run(world_size, timeout)
+        self._check_most(world_size)
         if self._host is None:
             self._host = RankHost(preload=("torch",))
         return self._host.run(
@@ -114,7 +127,11 @@ class Launcher:
             RankFailure: it failed; the text ends with what it wrote.
             RankTimeout: it was still running at its deadline; its whole tree was ended.
         """
-        words = _words(command, world_size, timeout)
+        __tracebackhide__ = True
+        check_run(world_size, timeout)
+        check_environment(env)
+        self._check_most(world_size)
+        words = _words(command, world_size, cwd)
         environment = {**os.environ, **early_variables(), **(env or {})}
         returncode, stdout, stderr = _run(words, environment, cwd, timeout)
         result = ScriptResult(
@@ -131,6 +148,14 @@ class Launcher:
             raise RankFailure(_with_output(head, result), rank=0, world_size=world_size)
         return result
 
+    def _check_most(self, world_size: int) -> None:
+        __tracebackhide__ = True
+        if world_size > self._most:
+            raise BadInputError(
+                f"world_size={world_size}: expected at most {self._most} ({self._said_by}); "
+                f"allow more with --ranks-max-world-size={world_size}."
+            )
+
     def close(self) -> None:
         """End the processes of this launcher."""
         if self._host is not None:
@@ -138,17 +163,25 @@ class Launcher:
 
 
 def _words(
-    command: Sequence[str | os.PathLike[str]], world_size: int, timeout: float
+    command: Sequence[str | os.PathLike[str]],
+    world_size: int,
+    cwd: str | os.PathLike[str] | None,
 ) -> tuple[str, ...]:
+    __tracebackhide__ = True
     if isinstance(command, str | os.PathLike) or not command:
         raise BadInputError(
             f"command={command!r}: expected a list of the script and its arguments, "
             "such as ['train.py', '--steps', '3']."
         )
-    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise BadInputError(f"world_size={world_size!r}: expected a whole number of at least 1.")
-    if not timeout > 0:
-        raise BadInputError(f"timeout={timeout!r}: expected a number of seconds above 0.")
+    for word in command:
+        if not isinstance(word, str | os.PathLike):
+            raise BadInputError(f"command={command!r}: {word!r} is no text; write '{word}'.")
+    folder = os.getcwd() if cwd is None else os.fspath(cwd)
+    if not os.path.isdir(folder):
+        raise BadInputError(f"cwd={folder!r}: there is no such folder.")
+    script = os.fspath(command[0])
+    if not script.startswith("-") and not os.path.exists(os.path.join(folder, script)):
+        raise BadInputError(f"command={command!r}: there is no file {script!r} in {folder!r}.")
     return (
         sys.executable,
         "-m",
@@ -168,15 +201,22 @@ def _run(
     timeout: float,
 ) -> tuple[int | None, str, str]:
     """Run a command; its exit code is None where the deadline ended it."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        tempfile.TemporaryDirectory(prefix="ranks-torchrun-", ignore_cleanup_errors=True) as logs,
+    ):
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            env=environment,
+            # torchrun makes a folder for logs and leaves it behind; this is its --log-dir
+            env={"PET_LOG_DIR": logs, **environment},
             cwd=cwd,
             start_new_session=True,
+            # torchrun ends its ranks on SIGTERM; on SIGKILL it would leave them behind
+            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509
         )
         pidfd = os.pidfd_open(process.pid)
         try:

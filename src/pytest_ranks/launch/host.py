@@ -7,6 +7,7 @@ import itertools
 import os
 import pickle
 import sys
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, UnavailableError
@@ -14,7 +15,7 @@ from pytest_ranks.launch import failures
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
 from pytest_ranks.launch.pool import Ranks
-from pytest_ranks.launch.spec import BACKENDS
+from pytest_ranks.launch.spec import BACKENDS, check_environment, check_run
 from pytest_ranks.launch.wire import (
     Prepare,
     Raised,
@@ -25,8 +26,10 @@ from pytest_ranks.launch.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
+
+    from pytest_ranks.launch.pool import RankRun
 
 PRELOAD = (
     "torch",
@@ -119,7 +122,9 @@ class RankHost:
             RankTimeout: ranks did not end in time; the text holds the stacks of all of them.
             UnavailableError: no rank can be started here.
         """
+        __tracebackhide__ = True
         self._check(world_size, timeout, backend, rank_variables)
+        check_environment(env)
         make = _request(fn, args, kwargs, tuple(preload))
         port = self._link.open_store() if rank_variables else None
         try:
@@ -148,6 +153,7 @@ class RankHost:
     def _run(
         self, request: Callable[[int], RunFunction], world_size: int, timeout: float
     ) -> list[Any]:
+        __tracebackhide__ = True
         ranks = Ranks(self._link, world_size)
         try:
             runs, timed_out = ranks.run(
@@ -165,23 +171,19 @@ class RankHost:
         found = [failures.of_function(run) for run in runs]
         failed = [failure for failure in found if failure is not None]
         if not failed:
-            return [pickle.loads(run.messages[-1].value) for run in runs]
+            return [_result(run, world_size) for run in runs]
         ordered = failures.in_order(failed)
         text = failures.describe(ordered, world_size=world_size, timeout=timeout)
         kind = RankTimeout if timed_out else RankFailure
         raise kind(text, rank=ordered[0].rank, world_size=world_size)
 
     def _check(self, world_size: int, timeout: float, backend: str, rank_variables: bool) -> None:
+        __tracebackhide__ = True
         if self._closed:
             raise UnavailableError("this RankHost is closed.")
         if os.getpid() != self._owner:
             raise UnavailableError("a RankHost works only in the process that made it.")
-        if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-            raise BadInputError(
-                f"world_size={world_size!r}: expected a whole number of at least 1."
-            )
-        if not timeout > 0:
-            raise BadInputError(f"timeout={timeout!r}: expected a number of seconds above 0.")
+        check_run(world_size, timeout)
         if backend not in BACKENDS:
             raise BadInputError(
                 f"backend={backend!r}: expected one of {', '.join(map(repr, BACKENDS))}."
@@ -199,7 +201,12 @@ def _request(
     kwargs: Mapping[str, Any] | None,
     preload: tuple[str, ...],
 ) -> Callable[[World], RunFunction]:
+    __tracebackhide__ = True
     target, file, by_value = _reference(fn)
+    if isinstance(args, str | bytes) or not isinstance(args, Iterable):
+        raise BadInputError(f"args={args!r}: expected a tuple of arguments, such as ({args!r},).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise BadInputError(f"kwargs={kwargs!r}: expected a dict of arguments by name.")
     try:
         arguments = pickle.dumps((tuple(args), dict(kwargs or {})))
     except Exception as error:
@@ -219,7 +226,21 @@ def _request(
     return make
 
 
+def _result(run: RankRun, world_size: int) -> Any:
+    __tracebackhide__ = True
+    try:
+        return pickle.loads(run.messages[-1].value)
+    except Exception as error:
+        raise RankFailure(
+            f"the result of rank {run.rank} cannot be unpickled in this process "
+            f"({type(error).__name__}: {error}): return plain data.",
+            rank=run.rank,
+            world_size=world_size,
+        ) from None
+
+
 def _reference(fn: str | Callable[..., Any]) -> tuple[str | None, str | None, bytes | None]:
+    __tracebackhide__ = True
     if isinstance(fn, str):
         prefix, _, name = fn.partition(":")
         if not prefix or not name:
@@ -241,6 +262,7 @@ def _reference(fn: str | Callable[..., Any]) -> tuple[str | None, str | None, by
 
 
 def _pickle_by_value(value: object, name: str, cause: Exception | None) -> bytes:
+    __tracebackhide__ = True
     try:
         cloudpickle = importlib.import_module("cloudpickle")
     except ImportError:

@@ -16,12 +16,12 @@ _PR_SET_CHILD_SUBREAPER = 36
 STACKS_SIGNAL = signal.SIGRTMAX - 3  # trainers and Slurm use SIGUSR1; nobody uses this one
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent's thread ends.
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel end this process, by a signal, when its parent's thread ends.
 
-    The parent's *thread* counts, so this is only for children forked from a main thread.
+    The parent's *thread* counts, so this is only for children of a thread that waits for them.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the request
         os._exit(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_ranks.errors import BadInputError, did_you_mean
@@ -87,6 +87,35 @@ ranks.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     ],
     return_annotation=inspect.signature(ranks).return_annotation,
 )
+
+
+def check_run(world_size: object, timeout: object) -> None:
+    """Check what a run of a function or a script on ranks was asked for.
+
+    Raises:
+        BadInputError: the world size is no count, or the timeout no number of seconds.
+    """
+    __tracebackhide__ = True
+    if not _is_count(world_size):
+        raise BadInputError(f"world_size={world_size!r}: expected a whole number of at least 1.")
+    if not _is_positive_number(timeout):
+        raise BadInputError(f"timeout={timeout!r}: expected a number of seconds above 0.")
+
+
+def check_environment(env: object) -> None:
+    """Check variables for ranks.
+
+    Raises:
+        BadInputError: they are no mapping of texts.
+    """
+    __tracebackhide__ = True
+    if env is None:
+        return
+    texts = [text for pair in env.items() for text in pair] if isinstance(env, Mapping) else [env]
+    if not all(isinstance(text, str) for text in texts) or isinstance(env, str):
+        raise BadInputError(
+            f"env={env!r}: expected names and values as texts, such as {{'A': '1'}}."
+        )
 
 
 def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
