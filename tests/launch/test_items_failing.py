@@ -106,6 +106,15 @@ def test_expected_on_one_alone(rank):
     assert rank.index == 0
 
 
+@pytest.mark.xfail(strict=True)
+def test_strictly_expected_on_one_alone(rank):
+    assert rank.index == 0
+
+
+def test_a_fixture_that_does_not_exist(rank, nosuch):
+    pass
+
+
 @pytest.fixture
 def setup_on_one(rank):
     if rank.index == 1:
@@ -234,6 +243,14 @@ def test_the_next_test_runs(session, name):
         ),
         ("test_expected_on_one_alone", r"the ranks disagree: rank 0 xpassed, rank 1 xfailed"),
         (
+            "test_strictly_expected_on_one_alone",
+            r"the ranks disagree: rank 0 xpassed \(strict\), rank 1 xfailed",
+        ),
+        (
+            "test_a_fixture_that_does_not_exist",
+            r"rank \d of 2 failed first \(rank \d failed too\): fixture 'nosuch' not found",
+        ),
+        (
             "test_setup_error_on_one",
             r"rank 1 of 2 failed first \(rank 0 was cut off in all_reduce\): "
             r"RuntimeError: in setup",
@@ -288,6 +305,11 @@ def test_each_rank_has_its_own_output(session):
     sections = dict(session.call("test_raises_on_one").sections)
     assert sections["Captured stdout call (rank 0)"] == "printed by 0\nprinted by both\n"
     assert sections["Captured stdout call (rank 1)"] == "printed by 1\nprinted by both\n"
+
+
+def test_torch_adds_no_records_of_its_own(session):
+    texts = [text for row in session.rows for _, text in row.sections]
+    assert not any("c10d" in text for text in texts)
 
 
 def test_the_last_words_of_a_dead_rank_are_kept(session):

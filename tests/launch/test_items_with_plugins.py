@@ -136,6 +136,15 @@ def test_no_capture_shows_the_ranks_at_once(run_session):
     assert "shown by 1" in session.output
 
 
+def test_setup_is_shown_by_the_controller_alone(run_session):
+    session = run_session(
+        {"test_it.py": FILE}, "--setup-show", "-p", "no:randomly", "-k", "TestClass or plain"
+    )
+    expected = {"test_plain": ["passed"], "TestClass::test_method": ["passed"]}
+    assert outcomes(session) == expected, session.output
+    assert "test_it.py::TestClass::test_method" in session.output
+
+
 def test_no_rank_is_started_to_collect(run_session):
     session = run_session({"test_it.py": FILE}, "--collect-only", "-q")
     assert "test_it.py::test_sizes[ws=2]" in session.output

@@ -178,6 +178,8 @@ def _crash_message(phase: Phase) -> str:
     else:
         message = str(longrepr)
     lines = [line for line in message.splitlines() if line.strip()]
+    if lines and lines[0].startswith("file "):  # where pytest looked for a fixture, then the error
+        lines = [line[1:].strip() for line in lines if line.startswith("E  ")] or lines
     return lines[0] if lines else "failed"
 
 
@@ -186,10 +188,13 @@ def _longrepr(item: pytest.Item, phase: Phase) -> Any:
 
 
 def _disagreement(results: list[RankResult], found: list[Failure]) -> str:
-    cut = {one.rank: f"was cut off in {one.place or 'its work'}" for one in found}
+    cut = {
+        one.rank: f"was cut off in {one.place or 'its work'}" for one in found if one.is_collateral
+    }
     by_status: dict[str, list[int]] = {}
     for result in results:
-        by_status.setdefault(cut.get(result.rank, result.status), []).append(result.rank)
+        status = cut.get(result.rank, result.status).replace("strict_xpass", "xpassed (strict)")
+        by_status.setdefault(status, []).append(result.rank)
     parts = [f"{failures.ranks_text(ranks)} {status}" for status, ranks in by_status.items()]
     return f"the ranks disagree: {', '.join(parts)}"
 

@@ -275,6 +275,9 @@ def _make_quiet(config: pytest.Config) -> None:
         if manager.get_name(plugin) in _CONTROLLERS or is_report or module == "pytest_timeout":
             manager.unregister(plugin)
     config.option.usepdb = False
+    config.option.setupshow = (
+        False  # the controller shows its setup; here is no terminal to write to
+    )
 
 
 def _teardown_errors(session: pytest.Session, item: pytest.Item | None) -> list[str]:
