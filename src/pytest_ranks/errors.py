@@ -39,6 +39,22 @@ class RankTimeout(RankFailure):
     """Ranks did not finish before their deadline; the text holds the stacks of all of them."""
 
 
+def not_installed(what: str, error: ModuleNotFoundError) -> str:
+    """Return the sentence about a package that something of ours needs.
+
+    Args:
+        what: the option or the thing that needs it.
+        error: from the import.
+
+    Raises:
+        ModuleNotFoundError: the error itself, where a module of ours is missing.
+    """
+    if (error.name or "").startswith("pytest_ranks"):
+        raise error
+    install = "install it with: pip install 'pytest-ranks[models]'"
+    return f"{what}: needs {error.name}, found none; {install}"
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of the known names, or nothing."""
     near = get_close_matches(found, list(known), n=1)

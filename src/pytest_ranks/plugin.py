@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_ranks import marks, options
+from pytest_ranks.errors import not_installed
 from pytest_ranks.launch import scan
 
 if TYPE_CHECKING:
@@ -42,13 +43,9 @@ def _run_command(config: pytest.Config, option: str) -> int:
     from importlib import import_module
 
     try:
-        command = import_module("pytest_ranks.conformance.command")
+        return int(import_module("pytest_ranks.conformance.command").main(config))
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("pytest_ranks"):
-            raise
-        install = "install it with: pip install 'pytest-ranks[models]'"
-        raise pytest.UsageError(f"{option}: needs {error.name}, found none; {install}") from None
-    return int(command.main(config))
+        raise pytest.UsageError(not_installed(option, error)) from None
 
 
 def pytest_configure(config: pytest.Config) -> None:

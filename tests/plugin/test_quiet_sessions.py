@@ -112,17 +112,49 @@ def test_a_read_only_project_works(pytester) -> None:
     assert [entry.name for entry in pytester.path.iterdir() if entry.suffix == ".xml"] == []
 
 
-def test_without_torch_the_plugin_loads_and_ranks_tests_say_what_they_need(pytester) -> None:
-    # An interpreter that cannot find torch: the import system is asked, and answers no.
-    pytester.makepyfile(
-        sitecustomize="""
-        from importlib.machinery import PathFinder
+# An interpreter that cannot find torch: the import system is asked, and answers no.
+WITHOUT_TORCH = """
+from importlib.machinery import PathFinder
 
-        real = PathFinder.find_spec
-        PathFinder.find_spec = classmethod(
-            lambda cls, name, *rest: None if name == "torch" else real(name, *rest)
-        )
-        """,
+real = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name == "torch" else real(name, *rest)
+)
+"""
+
+
+def run_without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--ranks-list-checks"], "--ranks-list-checks"),
+        (["--ranks-self-check"], "--ranks-self-check"),
+        (["--pyargs", "pytest_ranks.conformance"], "the conformance suites"),
+    ],
+)
+def test_without_torch_the_suites_say_what_they_need(pytester, arguments, what) -> None:
+    result = run_without_torch(pytester.path, *arguments)
+    said = result.stdout + result.stderr
+    text = f"{what}: needs torch, found none; install it with: pip install 'pytest-ranks[models]'"
+    assert any(line.removeprefix("ERROR: ") == text for line in said.splitlines()), said
+    assert "Traceback" not in said
+    assert "INTERNALERROR" not in said
+    assert result.returncode != 0
+
+
+def test_without_torch_the_plugin_loads_and_ranks_tests_say_what_they_need(pytester) -> None:
+    pytester.makepyfile(
         test_it="""
         import pytest
 
@@ -132,15 +164,7 @@ def test_without_torch_the_plugin_loads_and_ranks_tests_say_what_they_need(pytes
         def test_plain(): pass
         """,
     )
-    environ = {**os.environ, "PYTHONPATH": str(pytester.path)}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rs", "--ranks-require=ranks:2"],
-        cwd=pytester.path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_without_torch(pytester.path, "-rs", "--ranks-require=ranks:2")
     lines = result.stdout.splitlines()
     reason = "needs torch, found none (pip install 'pytest-ranks[torch]')"
     assert any(

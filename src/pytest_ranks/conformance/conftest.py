@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_ranks.errors import BadInputError
+from pytest_ranks.errors import BadInputError, not_installed
 from pytest_ranks.options import settings
 
 if TYPE_CHECKING:
@@ -35,23 +35,26 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the suites' order, whatever shuffles tests: the checks of the adapter come first, they gate the rest."""
-    from pytest_ranks.conformance.parametrize import CheckItem
-
     checks: list[BoundCheck] = config.stash.get(_BOUND_KEY, [])
     if checks:
+        from pytest_ranks.conformance.parametrize import CheckItem
+
         place = {bound: index for index, bound in enumerate(checks)}
         items.sort(key=lambda item: place[item.bound] if isinstance(item, CheckItem) else -1)
 
 
 def _checks(config: pytest.Config) -> list[BoundCheck]:
     if _BOUND_KEY not in config.stash:
-        from pytest_ranks.conformance.parametrize import bound_checks
-
+        try:
+            from pytest_ranks.conformance.parametrize import bound_checks
+        except ModuleNotFoundError as error:
+            text = not_installed("the conformance suites", error)
+            raise pytest.Collector.CollectError(text) from None
         chosen = settings(config)
         try:
             config.stash[_BOUND_KEY] = bound_checks(
                 chosen.subject or DEFAULT_SUBJECT, suites=chosen.suite or None
             )
         except BadInputError as error:
-            raise pytest.UsageError(str(error)) from None
+            raise pytest.Collector.CollectError(str(error)) from None
     return config.stash[_BOUND_KEY]
