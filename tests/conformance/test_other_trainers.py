@@ -198,6 +198,17 @@ class OwnGroupSameShard(OwnGroup):
         return super().windows(job)
 
 
+class StartsItself(PadsLeft):
+    """No spy sees it: what is judged is read from its parameters."""
+
+    capabilities = Capabilities(launch="self", gradient_accumulation=True, tail="pad")
+
+
+class StartsItselfUnshifted(StartsItself):
+    def collate(self, rows):
+        return super().collate([{**row, "labels": [-100, *row["labels"][:-1]]} for row in rows])
+
+
 @pytest.fixture(scope="module")
 def ranks():
     with RankHost(preload=PRELOAD) as host:
@@ -225,6 +236,8 @@ def judge(subject, tmp_path, ranks, name):
         (MeanOfSequences, "gradient_sync.gradients_are_cleared[ddp-2]"),
         (DropsTheRest, "data_loading.each_sample_once_an_epoch[ddp-4]"),
         (OwnGroup, "data_loading.ranks_see_different_samples[ddp-2]"),
+        (StartsItself, "loss.token_weights[single]"),
+        (StartsItself, "gradient_sync.every_tensor[single]"),
     ],
 )
 def test_a_correct_trainer_passes(tmp_path, ranks, subject, check):
@@ -260,9 +273,20 @@ def test_a_correct_trainer_passes(tmp_path, ranks, subject, check):
             "data_loading.ranks_see_different_samples[ddp-2]",
             "every rank iterates over the same stream",
         ),
+        (StartsItselfUnshifted, "loss.targets[single]", "shift"),
     ],
 )
 def test_its_bug_is_named(tmp_path, ranks, subject, check, cause):
     (result,) = judge(subject, tmp_path, ranks, check)
     assert result.outcome == "failed", result.text
     assert cause in result.finding.cause
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["subject.honours_job", "gradient_sync.one_step_a_window", "packing.documents_are_isolated"],
+)
+def test_what_no_spy_saw_is_not_applicable(tmp_path, ranks, check):
+    (result,) = judge(StartsItself, tmp_path, ranks, check)
+    assert result.outcome == "not applicable"
+    assert result.text.startswith("launch='self': the spies are not in the processes")

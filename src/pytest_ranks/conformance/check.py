@@ -87,6 +87,8 @@ class Check:
     def unmet(self, capabilities: Capabilities) -> str:
         """Return why a check is not applicable to what a subject declares; empty when it is."""
         missing = [name for name in self.requires if not capabilities.has(name)]
+        if SPIED in missing:
+            return f"launch={capabilities.launch!r}: the spies are not in the processes that the subject starts"
         if missing:
             return f"the subject does not declare {missing[0]}"
         if not self.settings(capabilities):
@@ -95,6 +97,9 @@ class Check:
             return f"it needs {kinds}{sizes} ranks, which the subject does not declare"
         return ""
 
+
+SPIED = "launch:ranks"
+"""The requirement of claims that are read from what the spies see, not from parameters."""
 
 _REGISTRY: dict[str, Check] = {}
 

@@ -52,7 +52,7 @@ class Run:
         folder: where everything of it lies.
         parameters: full tensors after training.
         history: what the subject reported, a dict a step.
-        observed: what the spies saw, by rank.
+        observed: what the spies saw, by rank; empty where the subject starts its own ranks.
         draws: readings of samples, for a job with `augmented`.
     """
 
@@ -199,7 +199,9 @@ class Session:
                     folder=folder,
                     parameters=load_file(result / PARAMETERS),
                     history=json.loads((result / HISTORY).read_text()),
-                    observed=tuple(rank[index] for rank in seen),
+                    observed=()
+                    if self.capabilities.launch == "self"  # its ranks are where no spy is
+                    else tuple(rank[index] for rank in seen),
                     draws=tuple(read_draws(result / DRAWS)),
                 )
             )
@@ -306,7 +308,7 @@ def _judge(
         return "not applicable", unmet, None
     bench = Bench(session, setting)
     try:
-        if check.suite != "subject":
+        if check.suite != "subject" and session.capabilities.launch == "ranks":
             _gate(bench)
         check.run(bench)
     except Finding as finding:

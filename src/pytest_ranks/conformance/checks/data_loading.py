@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, NoReturn
 
-from pytest_ranks.conformance.check import check
+from pytest_ranks.conformance.check import SPIED, check
 from pytest_ranks.conformance.findings import Finding, Inconclusive
 from pytest_ranks.conformance.inputs import (
     accepted_inputs,
@@ -63,7 +63,7 @@ def _epochs(
     return run, batches, corpus
 
 
-@check()
+@check(requires=[SPIED])
 def check_each_sample_once_an_epoch(bench: Bench) -> None:
     """Count how often each sample went through the model in one epoch, for sizes around the global batch.
 
@@ -96,7 +96,7 @@ def check_each_sample_once_an_epoch(bench: Bench) -> None:
             )
 
 
-@check(worlds=(2, 4))
+@check(requires=[SPIED], worlds=(2, 4))
 def check_ranks_see_different_samples(bench: Bench) -> None:
     """Compare which samples each rank drew in an epoch without a tail.
 
@@ -143,7 +143,7 @@ def check_ranks_see_different_samples(bench: Bench) -> None:
         )
 
 
-@check(worlds=(1, 2))
+@check(requires=[SPIED], worlds=(1, 2))
 def check_order_changes_every_epoch(bench: Bench) -> None:
     """Compare the orders of two shuffled epochs.
 
@@ -177,7 +177,7 @@ def _halves(batches: list[MicroBatch]) -> tuple[list[int], list[int]]:
     return mine[: len(mine) // 2], mine[len(mine) // 2 :]
 
 
-@check(worlds=(1, 2))
+@check(requires=[SPIED], worlds=(1, 2))
 def check_order_depends_on_the_seed(bench: Bench) -> None:
     """Compare shuffled epochs of two seeds, and of the same seed twice.
 
@@ -235,7 +235,7 @@ def _raise_order(run: Run, found: str, cause: str) -> NoReturn:
     )
 
 
-@check(worlds=(1, 2), strategies=("single", "ddp"))
+@check(requires=[SPIED], worlds=(1, 2), strategies=("single", "ddp"))
 def check_random_numbers_differ(bench: Bench) -> None:
     """Train two epochs on samples that use torch's random numbers when they are read, as augmentation does.
 
@@ -262,7 +262,7 @@ def check_random_numbers_differ(bench: Bench) -> None:
         )
 
 
-@check(worlds=(2, 4))
+@check(requires=[SPIED], worlds=(2, 4))
 def check_equal_steps_on_all_ranks(bench: Bench) -> None:
     """Train an epoch that does not divide by the ranks, and count each rank's steps.
 
@@ -301,7 +301,7 @@ def check_equal_steps_on_all_ranks(bench: Bench) -> None:
         )
 
 
-@check(worlds=(1, 2))
+@check(requires=[SPIED], worlds=(1, 2))
 def check_inputs_are_the_samples(bench: Bench) -> None:
     """Compare the ids that went through the model with the samples'.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks.conformance import oracle
 from pytest_ranks.conformance.causes import expected_weights, weight_hypotheses
-from pytest_ranks.conformance.check import check
+from pytest_ranks.conformance.check import SPIED, check
 from pytest_ranks.conformance.clipping import CLIP_TOLERANCE, clipping_cause
 from pytest_ranks.conformance.findings import Finding, Inconclusive, NotApplicable, diagnose
 from pytest_ranks.conformance.job import Optimizer
@@ -173,7 +173,7 @@ def check_strategies_agree(bench: Bench) -> None:
     )
 
 
-@check(worlds=(2, 4), strategies=("ddp",))
+@check(requires=[SPIED], worlds=(2, 4), strategies=("ddp",))
 def check_replicas_stay_equal(bench: Bench) -> None:
     """Compare a digest of the replicated parameters and gradients of all ranks after two steps.
 
@@ -279,7 +279,7 @@ def check_clipping_law(bench: Bench) -> None:
             )
 
 
-@check(worlds=(1, 2))
+@check(requires=[SPIED], worlds=(1, 2))
 def check_gradients_are_cleared(bench: Bench) -> None:
     """Train two steps on different samples, and look for the first step's samples in the second update.
 
@@ -340,7 +340,7 @@ def check_gradients_are_cleared(bench: Bench) -> None:
         )
 
 
-@check()
+@check(requires=[SPIED])
 def check_one_step_a_window(bench: Bench) -> None:
     """Count optimizer steps and the forwards between them.
 

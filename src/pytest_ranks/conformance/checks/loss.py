@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_ranks.conformance import oracle
-from pytest_ranks.conformance.check import check
+from pytest_ranks.conformance.check import SPIED, check
 from pytest_ranks.conformance.findings import Finding, Inconclusive, NotApplicable
 from pytest_ranks.conformance.judging import (
     CORPUS,
@@ -192,7 +192,7 @@ def _sequence_or_token(bench: Bench) -> str:
     return weighting
 
 
-@check(requires=["ragged"])
+@check(requires=[SPIED, "ragged"])
 def check_padding_is_inert(bench: Bench) -> None:
     """Train twice, with another padding id the second time.
 
@@ -259,7 +259,7 @@ def _padding_was_changed(runs: list[Run]) -> None:
         raise Inconclusive("every gradient was zero, so no update can differ")
 
 
-@check(worlds=(1, 2))
+@check(requires=[SPIED], worlds=(1, 2))
 def check_partial_window(bench: Bench) -> None:
     """Train an epoch whose last global batch is not full.
 

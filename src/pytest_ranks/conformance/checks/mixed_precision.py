@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pytest_ranks.conformance.check import check
+from pytest_ranks.conformance.check import SPIED, check
 from pytest_ranks.conformance.findings import AdapterError, Finding, Inconclusive
 from pytest_ranks.conformance.job import Optimizer
 from pytest_ranks.conformance.judging import CORPUS, stepped_at
@@ -43,7 +43,7 @@ def _bf16_run(bench: Bench, *, accumulate: bool = False, **fields: object) -> Ru
     return run
 
 
-@check(requires=["precision:bf16"], worlds=(2, 4))
+@check(requires=[SPIED, "precision:bf16"], worlds=(2, 4))
 def check_gradients_are_reduced_in_fp32(bench: Bench) -> None:
     """Count the gradient entries at the optimizer step that bf16 can hold exactly.
 
@@ -89,7 +89,7 @@ def _judge_census(
         )
 
 
-@check(requires=["precision:bf16", "gradient_accumulation"], worlds=(1,))
+@check(requires=[SPIED, "precision:bf16", "gradient_accumulation"], worlds=(1,))
 def check_accumulates_in_fp32(bench: Bench) -> None:
     """Count the bf16-exact gradient entries after several micro-batches on one rank.
 
@@ -119,7 +119,7 @@ def check_accumulates_in_fp32(bench: Bench) -> None:
     )
 
 
-@check(requires=["precision:bf16"])
+@check(requires=[SPIED, "precision:bf16"])
 def check_master_weights_are_fp32(bench: Bench) -> None:
     """Look at the parameters that the optimizer updates.
 
@@ -158,7 +158,7 @@ def check_master_weights_are_fp32(bench: Bench) -> None:
     )
 
 
-@check(requires=["precision:bf16", "optimizers:adamw"], worlds=(1, 2))
+@check(requires=[SPIED, "precision:bf16", "optimizers:adamw"], worlds=(1, 2))
 def check_optimizer_state_is_fp32(bench: Bench) -> None:
     """Look at AdamW's moments.
 
@@ -189,7 +189,7 @@ def check_optimizer_state_is_fp32(bench: Bench) -> None:
                 )
 
 
-@check(requires=["precision:bf16"], worlds=(1, 2))
+@check(requires=[SPIED, "precision:bf16"], worlds=(1, 2))
 def check_buffers_stay_fp32(bench: Bench) -> None:
     """Look at the model's buffers during the forward.
 
@@ -274,7 +274,7 @@ def _moved(after: Tensor, before: Tensor) -> int:
     return int(((after.float() != before) & (after.float() != rounded)).sum())
 
 
-@check(requires=["activation_checkpointing"], worlds=(1, 2))
+@check(requires=[SPIED, "activation_checkpointing"], worlds=(1, 2))
 def check_recomputation_is_neutral(bench: Bench) -> None:
     """Train one step with dropout 0.5, with and without activation checkpointing.
 

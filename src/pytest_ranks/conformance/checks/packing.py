@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_ranks.conformance import oracle
-from pytest_ranks.conformance.check import check
+from pytest_ranks.conformance.check import SPIED, check
 from pytest_ranks.conformance.findings import Finding, NotApplicable
 from pytest_ranks.conformance.judging import (
     LEDGER_TOLERANCE,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pytest_ranks.conformance.runner import Bench
 
 
-@check(requires=["packing"])
+@check(requires=[SPIED, "packing"])
 def check_conserves_tokens(bench: Bench) -> None:
     """Count every (sample, offset) in the rows that went through the model.
 
@@ -92,7 +92,7 @@ def check_conserves_tokens(bench: Bench) -> None:
         )
 
 
-@check(requires=["packing"])
+@check(requires=[SPIED, "packing"])
 def check_capacity_is_respected(bench: Bench) -> None:
     """Measure the rows that went through the model.
 
@@ -122,7 +122,7 @@ def check_capacity_is_respected(bench: Bench) -> None:
             )
 
 
-@check(requires=["packing"])
+@check(requires=[SPIED, "packing"])
 def check_documents_are_isolated(bench: Bench) -> None:
     """Replay the trainer's own packed batches, and change one document in each.
 
@@ -151,7 +151,7 @@ def check_documents_are_isolated(bench: Bench) -> None:
                 )
 
 
-@check(requires=["packing"])
+@check(requires=[SPIED, "packing"])
 def check_positions_restart(bench: Bench) -> None:
     """Look at the position ids that the model was given.
 
@@ -188,7 +188,7 @@ def check_positions_restart(bench: Bench) -> None:
                     )
 
 
-@check(requires=["packing", "label_masks"])
+@check(requires=[SPIED, "packing", "label_masks"])
 def check_targets_are_those_without_packing(bench: Bench) -> None:
     """Read the ledger of a packed step.
 
@@ -219,7 +219,7 @@ def check_targets_are_those_without_packing(bench: Bench) -> None:
     judge_weights([reading], bench.capabilities.weighting)
 
 
-@check(requires=["packing"])
+@check(requires=[SPIED, "packing"])
 def check_update_is_that_without_packing(bench: Bench) -> None:
     """Compare the update of a packed step of a small Llama with the oracle's, which packs nothing.
 
@@ -259,7 +259,7 @@ def check_update_is_that_without_packing(bench: Bench) -> None:
     judge_update(bench, run, update, wanted, rule=rule, corpus=PACKED)
 
 
-@check(requires=["packing"], worlds=(1, 2))
+@check(requires=[SPIED, "packing"], worlds=(1, 2))
 def check_plan_is_deterministic(bench: Bench) -> None:
     """Train the packed job twice in one process, and compare the rows.
 
@@ -301,7 +301,7 @@ def check_plan_is_deterministic(bench: Bench) -> None:
         )
 
 
-@check(requires=["packing"], worlds=(1,))
+@check(requires=[SPIED, "packing"], worlds=(1,))
 def check_overlong_samples_are_not_lost_silently(bench: Bench) -> None:
     """Give one sample that is longer than a row may be.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pytest_ranks.conformance.check import check
+from pytest_ranks.conformance.check import SPIED, check
 from pytest_ranks.conformance.findings import AdapterError, Inconclusive, NotRun
 from pytest_ranks.conformance.job import Optimizer
 from pytest_ranks.conformance.reading import micro_batches
@@ -30,7 +30,7 @@ GRADIENT_NUMEL = 1000
 """A reduction of fewer elements is a count or a loss; the smallest bucket of the tiny Llama's gradients has more."""
 
 
-@check(worlds=(1, 2, 4))
+@check(requires=[SPIED], worlds=(1, 2, 4))
 def check_honours_job(bench: Bench) -> None:
     """Compare what the spies saw with what the job says.
 
