@@ -154,6 +154,9 @@ def test_a_class_of_this_file_is_found_again_by_its_reference():
             "a history row has loss=None, expected a number",
         ),
         (Trained(parameters={}, history=[{"loss": "low"}]), "a history row has loss='low'"),
+        (Trained(parameters={}, history=None), "history=None, expected a list with a dict"),
+        (Trained(parameters={}, history=[3]), "a history row is 3, expected a dict with at least"),
+        (Trained(parameters={"a": 1}), "the parameter 'a' is of type int, expected a torch.Tensor"),
     ],
 )
 def test_a_wrong_result_is_refused(result, message):

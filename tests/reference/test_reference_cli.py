@@ -123,6 +123,12 @@ def test_another_runs_folder_is_not_written_over(folder):
     assert "error: --out-dir=data.jsonl is a file; expected a folder." in result.stderr
 
 
+def test_an_output_folder_that_cannot_be_made_is_one_sentence(folder):
+    result = invoke("model", "data.jsonl", "--out-dir", "data.jsonl/out")
+    assert result.exit_code == 2
+    assert result.stderr == "error: --out-dir=data.jsonl/out cannot be made: Not a directory.\n"
+
+
 def test_bad_input_in_a_process_of_its_own_has_no_traceback(folder):
     result = command("model", "none.jsonl", "--out-dir", "out")
     assert result.returncode == 2

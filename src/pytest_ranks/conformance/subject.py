@@ -333,7 +333,21 @@ def validated(result: object, *, ref: str) -> Trained:
         raise BadInputError(
             f"subject {ref!r}: Trained has both or none of parameters and model_dir, expected exactly one"
         )
-    for row in result.history:
+    for name, tensor in (result.parameters or {}).items():
+        if not hasattr(tensor, "detach"):  # without importing torch
+            raise BadInputError(
+                f"subject {ref!r}: the parameter {name!r} is of type {type(tensor).__name__}, expected a torch.Tensor"
+            )
+    history: Any = result.history  # what a subject says, whatever the annotation
+    if not isinstance(history, Sequence):
+        raise BadInputError(
+            f"subject {ref!r}: history={history!r}, expected a list with a dict for each optimizer step"
+        )
+    for row in history:
+        if not isinstance(row, Mapping):
+            raise BadInputError(
+                f"subject {ref!r}: a history row is {row!r}, expected a dict with at least the step's 'loss'"
+            )
         loss = row.get("loss")
         if not isinstance(loss, (int, float)) or isinstance(loss, bool):
             raise BadInputError(

@@ -138,7 +138,8 @@ def check_folder(config: TrainConfig) -> None:
     """Refuse to write over another run.
 
     Raises:
-        BadInputError: the output folder is a file, or holds a run that this one does not resume.
+        BadInputError: the output folder is a file, cannot be made or written to, or holds a run
+            that this one does not resume.
     """
     assert config.out_dir is not None
     folder = Path(config.out_dir)
@@ -149,6 +150,12 @@ def check_folder(config: TrainConfig) -> None:
             f"--out-dir={folder} holds another run; choose another folder, or go on with that run: "
             f"--resume-from {folder}"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"--out-dir={folder} cannot be made: {error.strerror}.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInputError(f"--out-dir={folder} cannot be written to by this user.")
 
 
 def load_aligned(folder: Path) -> tuple[Any, Any]:
