@@ -145,6 +145,20 @@ def test_setup_is_shown_by_the_controller_alone(run_session):
     assert "test_it.py::TestClass::test_method" in session.output
 
 
+def test_pdb_says_that_it_is_not_in_a_rank(run_session):
+    file = "import pytest\n@pytest.mark.ranks(2)\ndef test_it(rank): assert rank.index == 0\n"
+    session = run_session({"test_it.py": file}, "--pdb", "-p", "no:randomly")
+    said = "note: --pdb cannot stop inside a rank, which is a process of its own; its prompt is in "
+    assert said in session.call("test_it").text
+
+
+def test_a_rank_without_a_mark_is_one_sentence(run_session):
+    session = run_session({"test_it.py": "def test_it(rank): pass\n"}, "-p", "no:randomly")
+    assert session.call("test_it").text == (
+        "the fixture 'rank' needs a mark that says how many ranks: @pytest.mark.ranks(2)."
+    )
+
+
 def test_no_rank_is_started_to_collect(run_session):
     session = run_session({"test_it.py": FILE}, "--collect-only", "-q")
     assert "test_it.py::test_sizes[ws=2]" in session.output

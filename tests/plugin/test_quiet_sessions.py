@@ -153,6 +153,22 @@ def test_without_torch_the_suites_say_what_they_need(pytester, arguments, what) 
     assert result.returncode != 0
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--ranks-subject=nosuch.py:Mine", "subject 'nosuch.py:Mine': there is no Python file"),
+        ("--ranks-suite=lss", "'lss' names no suite and no check. Did you mean 'loss'?"),
+    ],
+)
+def test_a_misspelt_subject_or_suite_is_one_sentence(pytester, option, said) -> None:
+    pytest.importorskip("torch")
+    result = pytester.runpytest_subprocess("--pyargs", "pytest_ranks.conformance", option)
+    lines = result.stdout.str().splitlines()
+    assert any(line.startswith(said) for line in lines), lines
+    assert not any("conftest.py" in line for line in lines)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+
+
 def test_without_torch_the_plugin_loads_and_ranks_tests_say_what_they_need(pytester) -> None:
     pytester.makepyfile(
         test_it="""

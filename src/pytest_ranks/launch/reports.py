@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.pool import RankRun
 
 
+NO_PDB = (
+    "note: --pdb cannot stop inside a rank, which is a process of its own; its prompt is in the "
+    "process that waits for the ranks"
+)
+
+
 @dataclass(slots=True, kw_only=True)
 class ItemOutcome:
     """The one outcome of an item that ran on N ranks.
@@ -109,6 +115,8 @@ def _failed(
     tail = [*failures.hints(ordered), *_others_lines(ordered[1:]), *failures.stacks(ordered)]
     if note and word == "crashed":
         tail.append(note)
+    if item.config.getoption("usepdb", False):
+        tail.append(NO_PDB)
     tail.append(f"reproduce: pytest {item.nodeid!r}")
     longrepr = _compat.make_longrepr(
         item,
