@@ -13,6 +13,7 @@ from pytest_ranks.conformance.preload import PRELOAD
 from pytest_ranks.conformance.runner import run_check
 from pytest_ranks.conformance.self_check import SharedRanks
 from pytest_ranks.launch.host import RankHost
+from pytest_ranks.subjects.reference import ReferenceTrainer
 
 
 class ReturnsNothing:
@@ -34,6 +35,25 @@ class Dies:
 
     def train(self, job):
         os._exit(3)
+
+
+class LosesOne(ReferenceTrainer):
+    capabilities = Capabilities()
+
+    def train(self, job):
+        trained = super().train(job)
+        kept = dict(trained.parameters)
+        del kept["model.embed_tokens.weight"]
+        return Trained(parameters=kept, history=trained.history)
+
+
+class Flattens(ReferenceTrainer):
+    capabilities = Capabilities()
+
+    def train(self, job):
+        trained = super().train(job)
+        flat = {name: value.flatten() for name, value in trained.parameters.items()}
+        return Trained(parameters=flat, history=trained.history)
 
 
 class NeverStops:
@@ -110,6 +130,15 @@ def test_a_model_that_is_never_called_is_an_adapter_error(tmp_path, ranks):
     (result,) = judge(TrainsNothing, tmp_path, ranks, "subject")
     assert result.outcome == "adapter error"
     assert "never called the job's model in training" in result.text
+
+
+@pytest.mark.parametrize(
+    ("subject", "found"), [(LosesOne, "none of that name"), (Flattens, "[16384]")]
+)
+def test_other_parameters_than_the_models_are_an_adapter_error(tmp_path, ranks, subject, found):
+    (result,) = judge(subject, tmp_path, ranks, "loss.split_invariance")
+    assert result.outcome == "adapter error"
+    assert f"'model.embed_tokens.weight' has the shape [256, 64], found {found};" in result.text
 
 
 def test_an_expected_failure_must_fail(tmp_path, ranks):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_ranks.conformance.findings import AdapterError
 from pytest_ranks.conformance.oracle import Weights, summed_gradient
 from pytest_ranks.models.corpora import EOS_ID
 from pytest_ranks.models.ledger import LEDGER_VOCAB, LedgerTable, id_tokenizer, ledger_llama, quiet
@@ -97,6 +98,20 @@ class Materials:
                     name: value.detach().clone() for name, value in built.named_parameters()
                 }
         return self._initial[key]
+
+    def compare_shapes(self, model: str, trained: dict[str, Tensor]) -> None:
+        """Compare names and shapes of trained parameters with the model's own.
+
+        Raises:
+            AdapterError: one is missing, or has another shape.
+        """
+        for name, value in self.initial(model).items():
+            found = list(trained[name].shape) if name in trained else "none of that name"
+            if found != list(value.shape):
+                raise AdapterError(
+                    f"the returned parameters have to be the job's model's: {name!r} has the shape "
+                    f"{list(value.shape)}, found {found}; full_parameters(model) returns them"
+                )
 
     def config(self) -> Any:
         """Return the tiny Llama's configuration, for the oracle."""

@@ -193,11 +193,13 @@ class Session:
         runs = []
         for index, job in enumerate(jobs):
             result = folder / f"result{index}"
+            trained = load_file(result / PARAMETERS)
+            self.materials.compare_shapes(job.model, trained)
             runs.append(
                 Run(
                     job=job,
                     folder=folder,
-                    parameters=load_file(result / PARAMETERS),
+                    parameters=trained,
                     history=json.loads((result / HISTORY).read_text()),
                     observed=()
                     if self.capabilities.launch == "self"  # its ranks are where no spy is
