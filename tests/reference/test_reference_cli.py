@@ -89,6 +89,10 @@ def test_resuming_goes_on_where_the_run_stopped(folder):
         (("model", "none.jsonl"), "error: none.jsonl cannot be read: No such file or directory."),
         (("model", "torn.jsonl"), "error: torn.jsonl, line 2: not JSON ("),
         (("model", "large.jsonl"), "error: large.jsonl has the token id 999, the model knows 0 to"),
+        (
+            ("model", "masked.jsonl"),
+            "error: masked.jsonl has no label to train on: all are -100",
+        ),
         (("model", "data.jsonl", "--packer", "ltp"), "Did you mean 'lpt'?"),
         (("model", "data.jsonl", "--micro-batch", "0"), "error: micro_batch=0 is not a whole"),
         (("model", "data.jsonl", "--epochs", "1", "--max-steps", "1"), "give exactly one of them"),
@@ -103,7 +107,8 @@ def test_resuming_goes_on_where_the_run_stopped(folder):
 )
 def test_bad_input_is_one_sentence_and_exit_status_2(folder, options, text):
     (folder / "torn.jsonl").write_text('{"input_ids": [1], "labels": [1]}\n{"input_ids": [')
-    (folder / "large.jsonl").write_text('{"input_ids": [999], "labels": [1]}\n')
+    (folder / "large.jsonl").write_text('{"input_ids": [999, 1], "labels": [1, 1]}\n')
+    (folder / "masked.jsonl").write_text('{"input_ids": [5, 6], "labels": [5, -100]}\n')
     result = invoke(*options, "--out-dir", "out")
     assert result.exit_code == 2
     assert text in result.stderr

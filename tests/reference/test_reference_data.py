@@ -72,6 +72,14 @@ def test_unreadable_and_empty_files_are_named(tmp_path):
         JsonlDataset(tmp_path / "binary.jsonl")
 
 
+def test_a_file_that_trains_nothing_is_refused(tmp_path):
+    line = '{"input_ids": [5, 6], "labels": [5, -100]}\n'
+    with pytest.raises(
+        BadInputError, match="has no label to train on: all are -100"
+    ):
+        JsonlDataset(write(tmp_path / "masked.jsonl", line * 2))
+
+
 def test_lengths_are_asked_for_without_drawing_a_sample():
     class Lazy(list):
         lengths = (3, 4)

@@ -293,7 +293,7 @@ def inspect_subject(ref: SubjectRef) -> Capabilities:
     if not isinstance(capabilities, Capabilities):
         raise BadInputError(
             f"subject {str(ref)!r}: `capabilities` is {capabilities!r}, expected Capabilities(...): "
-            "add `capabilities = Capabilities()` to the class and declare what it can do"
+            "add `capabilities = Capabilities()` to the class itself and declare what it can do"
         )
     train = getattr(cls, "train", None)
     if not callable(train):

@@ -53,8 +53,8 @@ class JsonlDataset:
         """Read the file.
 
         Raises:
-            BadInputError: the file cannot be read, is empty, or has a line that is no sample; the
-                text names the file and the line.
+            BadInputError: the file cannot be read, is empty, trains nothing, or has a line that is
+                no sample; the text names the file and the line.
         """
         self.path = Path(path)
         self._samples: list[Sample] = []
@@ -71,6 +71,11 @@ class JsonlDataset:
         self.lengths = [len(sample["input_ids"]) for sample in self._samples]
         self.counted = [count_targets(sample) for sample in self._samples]
         """For each sample the number of tokens that are trained."""
+        if not any(self.counted):
+            raise BadInputError(
+                f"{self.path} has no label to train on: all are {IGNORED}, "
+                "or each sample's first; give labels equal to the ids where they are to be learnt."
+            )
 
     def __len__(self) -> int:
         return len(self._samples)
