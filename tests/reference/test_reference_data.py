@@ -74,9 +74,7 @@ def test_unreadable_and_empty_files_are_named(tmp_path):
 
 def test_a_file_that_trains_nothing_is_refused(tmp_path):
     line = '{"input_ids": [5, 6], "labels": [5, -100]}\n'
-    with pytest.raises(
-        BadInputError, match="has no label to train on: all are -100"
-    ):
+    with pytest.raises(BadInputError, match="has no label to train on: all are -100"):
         JsonlDataset(write(tmp_path / "masked.jsonl", line * 2))
 
 
