@@ -194,16 +194,18 @@ class Session:
         for index, job in enumerate(jobs):
             result = folder / f"result{index}"
             trained = load_file(result / PARAMETERS)
-            self.materials.compare_shapes(job.model, trained)
+            starts_itself = self.capabilities.launch == "self"  # its ranks are where no spy is
+            observed = () if starts_itself else tuple(rank[index] for rank in seen)
+            if starts_itself or any(rank.training_forwards() for rank in observed):
+                # Else the job's model was never called: the gate says so, which says more.
+                self.materials.compare_shapes(job.model, trained)
             runs.append(
                 Run(
                     job=job,
                     folder=folder,
                     parameters=trained,
                     history=json.loads((result / HISTORY).read_text()),
-                    observed=()
-                    if self.capabilities.launch == "self"  # its ranks are where no spy is
-                    else tuple(rank[index] for rank in seen),
+                    observed=observed,
                     draws=tuple(read_draws(result / DRAWS)),
                 )
             )
