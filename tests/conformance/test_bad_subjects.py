@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+import torch
 
 from pytest_ranks.conformance import Capabilities, Trained, full_parameters
 from pytest_ranks.conformance.plan import plan_for
@@ -68,6 +69,16 @@ class TrainsNothing:
 
     def train(self, job):
         return Trained(parameters=full_parameters(job.build_model()), history=[{"loss": 0.0}] * 2)
+
+
+class OptimizesByHand:
+    capabilities = Capabilities()
+
+    def train(self, job):
+        model = job.build_model().train()
+        ids = torch.tensor([job.samples[0]["input_ids"]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        return Trained(parameters=full_parameters(model), history=[{"loss": 0.0}] * 2)
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +160,9 @@ def test_an_expected_failure_must_fail(tmp_path, ranks):
     result = run_check(session, check, setting, expected=reason)
     assert result.outcome == "unexpected pass"
     assert "is in expected_failures (mylib#12): remove it there" in result.text
+
+
+def test_without_a_torch_optimizer_nothing_is_judged(tmp_path, ranks):
+    results = judge(OptimizesByHand, tmp_path, ranks, "subject", "loss.targets")
+    assert [result.outcome for result in results] == ["inconclusive", "inconclusive"]
+    assert "no torch optimizer took a step that the spies could see" in results[1].text
