@@ -94,20 +94,25 @@ def collateral_line(failure: Failure) -> str:
     return f"collateral: rank {failure.rank} {said}"
 
 
+def of_raised(run: RankRun, raised: Raised, *, output: str) -> Failure:
+    """Return the failure of a rank that told what was raised in it."""
+    return Failure(
+        rank=run.rank,
+        kind="raised",
+        headline=raised.headline,
+        text=raised.traceback,
+        at=raised.at,
+        output=output,
+        place=raised.place,
+    )
+
+
 def of_function(run: RankRun) -> Failure | None:
     """Return how a rank that ran a function failed, None where it returned."""
     last = run.messages[-1] if run.messages else None
     output = run.output.strip()
     if isinstance(last, Raised):
-        return Failure(
-            rank=run.rank,
-            kind="raised",
-            headline=last.headline,
-            text=last.traceback,
-            at=last.at,
-            output=output,
-            place=last.place,
-        )
+        return of_raised(run, last, output=output)
     if run.done:
         return None
     return of_unfinished(run, output=output)

@@ -151,15 +151,7 @@ def _failure(run: RankRun, result: RankResult) -> Failure | None:
         )
     raised = next((one for one in run.messages if isinstance(one, Raised)), None)
     if raised is not None:
-        return Failure(
-            rank=run.rank,
-            kind="raised",
-            headline=raised.headline,
-            text=raised.traceback,
-            at=raised.at,
-            output=output,
-            place=raised.place,
-        )
+        return failures.of_raised(run, raised, output=output)
     finished = next((one for one in run.messages if isinstance(one, Finished)), None)
     if finished is not None and (finished.missing or finished.errors):
         text = finished.missing or "\n".join(finished.errors)
