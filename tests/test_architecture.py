@@ -21,8 +21,9 @@ HEAVY = ("torch", "numpy", "transformers", "asyncio")
 # neighbour or from above. A dotted room is one module that stands apart from its folder: most are
 # the face that a room shows to pytest, which may know what the marks and options say.
 FLOORS = (
-    ("errors", "__init__", "_compat", "launch.spec", "launch.wire"),
+    ("errors", "__init__", "_compat", "launch.spec", "launch.wire", "launch.messages"),
     ("hardware", "models", "observe", "tiers"),
+    ("option_table",),
     ("options",),
     ("launch", "reference"),
     ("conformance", "preflight"),
@@ -43,6 +44,7 @@ FLOORS = (
 # Rooms on one floor of which the first may know the second.
 NEIGHBOURS = {
     "launch.wire": {"errors", "_compat"},
+    "launch.messages": {"errors", "_compat"},
     "launch.spec": {"errors", "_compat"},
     "launch.scan": {"launch.items"},
     "conformance.command": {"conformance.parametrize"},
@@ -55,7 +57,8 @@ RANK_MODULES = {
     "errors": "the exceptions that users catch",
     "_compat": "private names of torch and pytest",
     "launch": "the folder",
-    "launch.wire": "messages to the controller",
+    "launch.wire": "the socket to the controller",
+    "launch.messages": "what is said over it",
     "launch.hygiene": "what a test left behind",
     "launch.group": "the process group that the rank joins",
     "launch.processes": "the signal that dumps its stacks",

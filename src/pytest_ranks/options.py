@@ -1,30 +1,26 @@
 """Command line options, ini settings and environment variables, resolved in one order.
 
-One table makes the options, the ini settings, their help and the documentation. The order is
-command line, environment, ini, default; every value knows where it came from.
+One table (`option_table`) makes the options, the ini settings, their help and the documentation.
+The order is command line, environment, ini, default; every value knows where it came from.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_ranks.option_table import TABLE, Option
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from pytest_ranks.hardware.requirements import Required
 
 DEFAULT = "default"
-# Twice the 32 ranks of the largest configuration that training tests use (tp=8, pp=4): more than
-# that in one test is a typing error oftener than a wish.
-MAX_WORLD_SIZE = 64
-# A rank test that runs takes well under a second; a minute is what a loaded CI machine may need.
-TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,177 +53,6 @@ class Settings:
         """Return where a value came from: `--ranks-timeout`, `RANKS_TIMEOUT`, `tox.ini`."""
         return self.sources[name]
 
-
-# A dataclass would cost every pytest session half a millisecond more.
-class Option(NamedTuple):
-    """One row of the table.
-
-    Attributes:
-        name: the field of `Settings`; option, ini setting and variable derive their names from it.
-        help: what it is for, one phrase.
-        default: the value where nobody sets one.
-        action: how the command line takes it.
-        metavar: what stands for the value in `--help`.
-        ini: the type of the ini setting, or None where there is none.
-        env: whether there is an environment variable.
-        flag: whether there is a command line option.
-        parse: makes a value of a text; a ValueError's text says what was found wrong.
-        expected: what a value has to be.
-        example: a value to write.
-        shown: the default in words, where its `repr` says little.
-    """
-
-    name: str
-    help: str
-    default: Any
-    action: Literal["store", "append", "store_true"] = "store"
-    metavar: str | None = None
-    ini: Literal["string", "float", "int", "bool"] | None = None
-    env: bool = False
-    flag: bool = True
-    parse: Callable[[str], Any] = str
-    expected: str = ""
-    example: str = ""
-    shown: str = ""
-
-    @property
-    def option(self) -> str:
-        """Return the command line option's name."""
-        return "--ranks-" + self.name.replace("_", "-")
-
-    @property
-    def setting(self) -> str:
-        """Return the ini setting's name."""
-        return f"ranks_{self.name}"
-
-    @property
-    def variable(self) -> str:
-        """Return the environment variable's name."""
-        return f"RANKS_{self.name.upper()}"
-
-
-def _parse_seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def _parse_count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _parse_bool(text: str) -> bool:
-    return text == "True"
-
-
-def _parse_names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise ValueError
-    return names
-
-
-def _parse_require(text: str) -> tuple[Required, ...]:
-    from pytest_ranks.hardware.requirements import parse_required
-
-    return parse_required(text)
-
-
-def _parse_subject(text: str) -> str:
-    if not re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", text):
-        raise ValueError
-    return text
-
-
-TABLE = (
-    Option(
-        name="timeout",
-        help="Seconds that a test on ranks may take once its ranks are ready",
-        default=TIMEOUT_SECONDS,
-        metavar="SECONDS",
-        ini="float",
-        env=True,
-        parse=_parse_seconds,
-        expected="a number of seconds greater than 0",
-        example="60",
-        shown="60",
-    ),
-    Option(
-        name="require",
-        help="Kinds of need whose tests have to run, or the session fails: gpu:1,multi_gpu:2",
-        default=(),
-        metavar="NEEDS",
-        ini="string",
-        env=True,
-        parse=_parse_require,
-        expected="a comma list of kind:count, the kinds being gpu, multi_gpu, trainium and ranks",
-        example="gpu:1,multi_gpu:2",
-        shown="none",
-    ),
-    Option(
-        name="max_world_size",
-        help="Most ranks that one test may ask for",
-        default=MAX_WORLD_SIZE,
-        metavar="RANKS",
-        ini="int",
-        env=True,
-        parse=_parse_count,
-        expected="a whole number of at least 1",
-        example="64",
-        shown="64",
-    ),
-    Option(
-        name="hardware_marks",
-        help="Whether gpu, multi_gpu, trainium and requires are marks of this plugin; "
-        "false leaves a project's own marks of these names alone",
-        default=True,
-        ini="bool",
-        flag=False,
-        parse=_parse_bool,
-        expected="true or false",
-        example="false",
-        shown="true",
-    ),
-    Option(
-        name="subject",
-        help="Training code that the conformance suites test: module:Class or path.py:Class",
-        default=None,
-        metavar="SUBJECT",
-        ini="string",
-        env=True,
-        parse=_parse_subject,
-        expected="module:Class or path.py:Class",
-        example="mylib.testing:MyTrainer",
-        shown="the reference trainer",
-    ),
-    Option(
-        name="suite",
-        help="Conformance suites or check ids to run, a comma list; repeatable",
-        default=(),
-        action="append",
-        metavar="SUITES",
-        parse=_parse_names,
-        expected="a comma list of suites or check ids",
-        example="loss,packing",
-        shown="all",
-    ),
-    Option(
-        name="list_checks",
-        help="List the conformance checks and exit",
-        default=False,
-        action="store_true",
-    ),
-    Option(
-        name="self_check",
-        help="Run every conformance check against the bugs it has to catch, and exit",
-        default=False,
-        action="store_true",
-    ),
-)
 
 SETTINGS_KEY = pytest.StashKey[Settings]()
 

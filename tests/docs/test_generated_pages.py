@@ -11,7 +11,7 @@ import pytest
 
 from pytest_ranks.conformance.check import all_checks
 from pytest_ranks.conformance.subject import Capabilities
-from pytest_ranks.options import TABLE
+from pytest_ranks.option_table import TABLE
 from pytest_ranks.reference.mutants import all_mutants
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -52,7 +52,7 @@ def test_the_subject_of_the_readme_is_short():
 
 
 def test_every_option_of_the_plugin_is_in_the_readme():
-    from pytest_ranks.options import TABLE
+    from pytest_ranks.option_table import TABLE
 
     text = README.read_text()
     assert [row.option for row in TABLE if row.flag and row.option not in text] == []

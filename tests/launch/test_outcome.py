@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_ranks.launch.messages import Finished, Phase, Raised
 from pytest_ranks.launch.outcome import RankResult, result_of, verdict
 from pytest_ranks.launch.pool import RankRun
-from pytest_ranks.launch.wire import Finished, Phase, Raised
 
 
 def phase(when, outcome="passed", was_xfail=None, longrepr=None):

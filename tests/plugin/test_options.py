@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_ranks import options
+from pytest_ranks import option_table, options
 
 SHOW = """
 from pytest_ranks.options import settings
@@ -206,5 +206,5 @@ def test_the_documentation_lists_every_row() -> None:
         "| `--ranks-timeout` | `ranks_timeout` | `RANKS_TIMEOUT` | 60 "
         "| Seconds that a test on ranks may take once its ranks are ready |"
     )
-    assert len(lines) == 2 + len(options.TABLE)
+    assert len(lines) == 2 + len(option_table.TABLE)
     assert all(line.count("|") == 6 for line in lines)

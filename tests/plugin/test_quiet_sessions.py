@@ -31,6 +31,7 @@ AT_MOST = {
     "pytest_ranks.launch",
     "pytest_ranks.launch.scan",
     "pytest_ranks.marks",
+    "pytest_ranks.option_table",
     "pytest_ranks.options",
     "pytest_ranks.plugin",
     "pytest_ranks.report",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_ranks.launch import deadline
+from pytest_ranks.launch.messages import Raised
 from pytest_ranks.launch.processes import describe_end
-from pytest_ranks.launch.wire import Raised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

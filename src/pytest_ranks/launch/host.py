@@ -14,16 +14,9 @@ from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, Unavail
 from pytest_ranks.launch import failures
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
+from pytest_ranks.launch.messages import Prepare, Raised, Rendezvous, Returned, RunFunction, World
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.spec import BACKENDS, check_environment, check_run
-from pytest_ranks.launch.wire import (
-    Prepare,
-    Raised,
-    Rendezvous,
-    Returned,
-    RunFunction,
-    World,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch.group import early_variables, scrub_rank_variables
-from pytest_ranks.launch.processes import (
-    STACKS_SIGNAL,
-    has_ended,
-    kill_tree,
-    read_tail,
-    send_signal,
-)
-from pytest_ranks.launch.wire import (
-    Channel,
-    ChannelClosed,
+from pytest_ranks.launch.messages import (
     Collect,
     Configure,
     Exited,
@@ -32,8 +23,15 @@ from pytest_ranks.launch.wire import (
     Forked,
     OpenStore,
     Prepare,
-    channel_pair,
 )
+from pytest_ranks.launch.processes import (
+    STACKS_SIGNAL,
+    has_ended,
+    kill_tree,
+    read_tail,
+    send_signal,
+)
+from pytest_ranks.launch.wire import Channel, ChannelClosed, channel_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable

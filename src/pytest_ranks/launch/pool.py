@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.failures import START_SECONDS
+from pytest_ranks.launch.messages import Go, Leave, Ready, Started
 from pytest_ranks.launch.processes import read_tail
-from pytest_ranks.launch.wire import ChannelClosed, Go, Leave, Ready, Started
+from pytest_ranks.launch.wire import ChannelClosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,10 +23,7 @@ from pytest_ranks.launch.group import (
     export_rank_variables,
     seed_everything,
 )
-from pytest_ranks.launch.processes import STACKS_SIGNAL
-from pytest_ranks.launch.wire import (
-    Channel,
-    ChannelClosed,
+from pytest_ranks.launch.messages import (
     Finished,
     Go,
     Leave,
@@ -39,6 +36,8 @@ from pytest_ranks.launch.wire import (
     TearDown,
     World,
 )
+from pytest_ranks.launch.processes import STACKS_SIGNAL
+from pytest_ranks.launch.wire import Channel, ChannelClosed
 
 if TYPE_CHECKING:
     import torch

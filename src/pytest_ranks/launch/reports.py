@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks import _compat
 from pytest_ranks.launch import failures, outcome
 from pytest_ranks.launch.failures import Failure
-from pytest_ranks.launch.wire import Finished, Phase, Raised
+from pytest_ranks.launch.messages import Finished, Phase, Raised
 
 if TYPE_CHECKING:
     import pytest
@@ -35,7 +35,6 @@ class ItemOutcome:
         was_xfail: the reason of an expected failure or unexpected pass.
         sections: captured output of the ranks.
         properties: recorded with `record_property`.
-        crash: file, line and message of the failure.
     """
 
     verdict: str
@@ -50,6 +49,28 @@ class ItemOutcome:
     def is_clean(self) -> bool:
         """Whether the ranks may serve another test."""
         return self.verdict in ("passed", "skipped", "xfailed", "xpassed", "strict_xpass")
+
+    def place(self, report: pytest.TestReport) -> None:
+        """Write this outcome over a report of the controller's."""
+        is_its_phase = report.when == self.when or (report.when == "call" and self.when == "setup")
+        if report.when == "call":
+            report.sections = [*self.sections]
+            report.user_properties.extend(self.properties)
+        if not is_its_phase:
+            return
+        report.when = self.when  # type: ignore[assignment]
+        report.longrepr = self.longrepr
+        if self.was_xfail is not None:
+            report.wasxfail = self.was_xfail
+        elif hasattr(report, "wasxfail"):
+            del report.wasxfail
+        words = {
+            "passed": "passed",
+            "xpassed": "passed",
+            "skipped": "skipped",
+            "xfailed": "skipped",
+        }
+        report.outcome = words.get(self.verdict, "failed")  # type: ignore[assignment]
 
 
 def decide(item: pytest.Item, runs: list[RankRun], *, timeout: float, note: str) -> ItemOutcome:

@@ -16,14 +16,14 @@ import pytest
 from pytest_ranks import _compat
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.hygiene import Baseline
-from pytest_ranks.launch.wire import Finished, Phase, RunItem, Warned
+from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
 from pytest_ranks.launch.zygote import Zygote
 
 if TYPE_CHECKING:
     import warnings
     from collections.abc import Callable, Generator
 
-    from pytest_ranks.launch.wire import Configure
+    from pytest_ranks.launch.messages import Configure
     from pytest_ranks.launch.zygote import Ends
 
 # What reports, selects, times or debugs is the controller's; a rank only runs.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
+from pytest_ranks.launch.messages import Configure, Prepare
 from pytest_ranks.launch.processes import native_threads
-from pytest_ranks.launch.wire import Configure, Prepare
 
 if TYPE_CHECKING:
     from typing import NoReturn

@@ -6,13 +6,13 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.launch.wire import Finished
+from pytest_ranks.launch.messages import Finished
 
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_ranks.launch.messages import Warned
     from pytest_ranks.launch.pool import RankRun
-    from pytest_ranks.launch.wire import Warned
 
 
 def forward_warnings(config: pytest.Config, runs: list[RankRun]) -> None:

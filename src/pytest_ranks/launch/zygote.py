@@ -27,6 +27,7 @@ from pytest_ranks.launch.group import (
     let_tests_initialise,
     scrub_rank_variables,
 )
+from pytest_ranks.launch.messages import Collect, Exited, Fork, Forked, OpenStore, Prepare
 from pytest_ranks.launch.processes import (
     STACKS_SIGNAL,
     become_subreaper,
@@ -38,16 +39,7 @@ from pytest_ranks.launch.processes import (
     send_signal,
 )
 from pytest_ranks.launch.rank import ItemRunner, Rank
-from pytest_ranks.launch.wire import (
-    Channel,
-    ChannelClosed,
-    Collect,
-    Exited,
-    Fork,
-    Forked,
-    OpenStore,
-    Prepare,
-)
+from pytest_ranks.launch.wire import Channel, ChannelClosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

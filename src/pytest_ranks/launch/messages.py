@@ -1,0 +1,257 @@
+"""What controller, zygote and ranks say to each other, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# ---- to the zygote
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Import these modules before the first fork; what fails to import, the rank will meet."""
+
+    modules: tuple[str, ...]
+    sys_path: tuple[str, ...] | None = None
+    working_directory: str | None = None
+    environment: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """Become a pytest session like the controller's; with `-s` its output comes along."""
+
+    arguments: tuple[str, ...]
+    directory: str
+    sys_path: tuple[str, ...]
+    options: dict[str, Any]
+    worker_input: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collect:
+    """Collect these test files, once, before the next fork."""
+
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenStore:
+    """Serve rendezvous stores from a child of the zygote, over the channel that comes along."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fork:
+    """Fork one rank process; with it come its channel, its output file and its stacks file."""
+
+    label: int
+    rank: int
+    world_size: int
+
+
+# ---- from the zygote
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forked:
+    """A rank process exists; its pidfd comes along."""
+
+    label: int
+    pid: int
+    native_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exited:
+    """A rank process was reaped; `status` as from waitpid, reduced to an exit code or -signal."""
+
+    label: int
+    status: int
+
+
+# ---- to a rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """How the ranks of one run find each other.
+
+    Attributes:
+        run: number of the run, never used twice in a session.
+        port: of the store made for this run alone, for what the test itself initialises.
+        home_port: of the store that the rank keeps its one connection to.
+        seconds: timeout of the process group.
+    """
+
+    run: int
+    port: int
+    home_port: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The rank's place in one run."""
+
+    rank: int
+    world_size: int
+    backend: str = "gloo"
+    mesh: tuple[tuple[str, int], ...] = ()
+    init: bool = True
+    rank_variables: bool = True
+    keep_group: bool = False
+    rendezvous: Rendezvous | None = None
+    environment: dict[str, str] | None = None
+    shared_tmp_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFunction:
+    """Call a function on the rank.
+
+    Attributes:
+        world: the rank's place.
+        target: `module:qualname`, or nothing when `by_value` holds the function.
+        target_file: where the module lies, for modules that no import finds.
+        by_value: the function as cloudpickle wrote it.
+        arguments: pickled positional and keyword arguments.
+        sys_path: entries to have on the path.
+        modules: to import first.
+    """
+
+    world: World
+    target: str | None
+    target_file: str | None
+    by_value: bytes | None
+    arguments: bytes
+    sys_path: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunItem:
+    """Run one test item on the rank.
+
+    Attributes:
+        world: the rank's place.
+        node_id: of the item.
+        next_node_id: what this pool runs after it, None for nothing: all fixtures end.
+        hold: keep the wide fixtures, since what this pool runs next is not known.
+        base_temp: folder of this rank's temporary folders.
+    """
+
+    world: World
+    node_id: str
+    next_node_id: str | None
+    hold: bool
+    base_temp: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Go:
+    """Every rank has joined: the work may start, and a failure may cut connections."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TearDown:
+    """Run the teardowns of all fixtures that are still alive on the rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """Flush and leave."""
+
+
+# ---- from a rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The rank listens; the descriptors of its captured output come along, if there are any."""
+
+    main_thread: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The rank has joined its process group and waits for `Go`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """The function returned; `value` is its pickled result."""
+
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raised:
+    """Something raised on the rank, as text.
+
+    Attributes:
+        headline: one line.
+        traceback: the text of it.
+        at: CLOCK_MONOTONIC in seconds.
+        place: the collective that it came out of, if it did.
+    """
+
+    headline: str
+    traceback: str
+    at: float
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One report of one phase of an item.
+
+    Attributes:
+        when: setup, call or teardown.
+        outcome: passed, failed or skipped.
+        was_xfail: the reason of an expected failure, None where there was none.
+        report: the report as pytest serialises it.
+        at: CLOCK_MONOTONIC in seconds.
+        place: the collective that the failure came out of, if it did.
+        lost: names of attributes that could not travel.
+    """
+
+    when: str
+    outcome: str
+    was_xfail: str | None
+    report: dict[str, Any]
+    at: float
+    place: str = ""
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned:
+    """A warning that pytest recorded on the rank."""
+
+    category: str
+    text: str
+    filename: str
+    lineno: int
+    when: str
+    node_id: str
+    location: tuple[str, int, str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The rank is done with an item, or with its teardowns.
+
+    Attributes:
+        phases: the reports, in order, without those already sent.
+        warnings: what was recorded.
+        missing: why the item was not found, None where it was.
+        sequence: how many collectives the kept group has issued, None where it was not kept.
+        errors: what failed outside of a phase.
+    """
+
+    phases: tuple[Phase, ...] = ()
+    warnings: tuple[Warned, ...] = ()
+    missing: str | None = None
+    sequence: int | None = None
+    errors: tuple[str, ...] = ()

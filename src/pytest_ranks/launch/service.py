@@ -1,0 +1,269 @@
+"""Ranks for the items of one session: the zygote, the pools, the stores, and a run on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pytest_ranks import _compat
+from pytest_ranks.launch.messages import (
+    Finished,
+    Phase,
+    Raised,
+    Rendezvous,
+    RunItem,
+    TearDown,
+    World,
+)
+from pytest_ranks.launch.pools import Pool, PoolKey, Pools
+from pytest_ranks.launch.start import start_zygote
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_ranks.launch.link import ZygoteLink
+    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.spec import RankSpec
+
+# The group's own timeout lies behind ours, so that ours reports first, with all stacks.
+BEHIND_DEADLINE = 30.0
+TEARDOWN_SECONDS = 5.0
+MOST_STARTS = 3  # a zygote that ends again and again is not started for ever
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemRequest:
+    """One item to be run on ranks.
+
+    Attributes:
+        node_id: of the item.
+        spec: the ranks that it asks for.
+        key: the shape of its pool.
+        seconds: its deadline, counted from the moment its ranks are ready.
+        following: what its pool runs next, None where that is nothing or not known.
+        hold: keep wide fixtures, since what the pool runs next is not known.
+    """
+
+    node_id: str
+    spec: RankSpec
+    key: PoolKey
+    seconds: float
+    following: str | None = None
+    hold: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class ItemRun:
+    """What the ranks made of an item.
+
+    Attributes:
+        pool: the ranks that it ran on.
+        runs: what each of them did.
+        notes: on how the ranks were started, where that may matter to a death.
+    """
+
+    pool: Pool
+    runs: list[RankRun]
+    notes: list[str] = field(default_factory=list)
+
+
+class RankService:
+    """Starts what the items of a session need, runs them there, and ends it all.
+
+    Args:
+        session: whose items these are.
+    """
+
+    def __init__(self, session: pytest.Session) -> None:
+        self._session = session
+        self._link: ZygoteLink | None = None
+        self._pools: Pools | None = None
+        self._files: tuple[str, ...] = ()
+        self._starts = 0
+
+    # ---- life
+
+    def start(self) -> None:
+        """Start the zygote, as a fork of this session where that is safe."""
+        if self._link is not None:
+            return
+        self._starts += 1
+        self._link = start_zygote(self._session, fresh=self._starts > 1)
+        self._pools = Pools(self._link)
+
+    def collect(self, files: tuple[str, ...]) -> None:
+        """Have the zygote collect these files, once.
+
+        Raises:
+            UnavailableError: the zygote ended.
+        """
+        self._files = files
+        self.start()
+        assert self._link is not None
+        self._link.collect(files)
+
+    def end(self) -> None:
+        """End all ranks and the zygote."""
+        if self._pools is not None and self._link is not None:
+            self._pools.close()
+            self._link.close()
+        self._pools = self._link = None
+
+    def recover(self) -> None:
+        """After the zygote ended: have the next item begin anew, a few times."""
+        if self._starts < MOST_STARTS:
+            self.end()
+
+    # ---- one item
+
+    def take(self, spec: RankSpec, key: PoolKey) -> Pool:
+        """Return ranks for an item, warm ones if there are any.
+
+        Raises:
+            UnavailableError: there is no zygote to fork them from.
+        """
+        if self._pools is None:
+            self.collect(self._files)
+        assert self._pools is not None
+        return self._pools.take(key, fresh=is_alone(spec))
+
+    def give_back(self, key: PoolKey, pool: Pool) -> None:
+        """Keep ranks that did not run anything."""
+        if self._pools is not None:
+            self._pools.give_back(key, pool)
+
+    def run(self, request: ItemRequest, pool: Pool) -> ItemRun:
+        """Run an item on these ranks and watch it to its end.
+
+        Raises:
+            UnavailableError: the zygote ended.
+        """
+        assert self._link is not None
+        assert self._pools is not None
+        pool.last_node_id = request.node_id
+        number = self._pools.next_number()
+        folder = _compat.base_temp(self._session.config) / "ranks"
+        shared = folder / f"shared{number}"
+        shared.mkdir(parents=True)
+        port = self._link.open_store()
+        rendezvous = Rendezvous(
+            run=number,
+            port=port,
+            home_port=pool.home_port,
+            seconds=request.seconds + BEHIND_DEADLINE,
+        )
+        spec = request.spec
+
+        def message(rank: int) -> RunItem:
+            world = World(
+                rank=rank,
+                world_size=spec.world_size,
+                backend=spec.backend,
+                mesh=spec.mesh,
+                keep_group=request.key.scope is not None and not is_alone(spec),
+                rendezvous=rendezvous,
+                shared_tmp_path=str(shared),
+            )
+            return RunItem(
+                world=world,
+                node_id=request.node_id,
+                next_node_id=request.following,
+                hold=request.hold,
+                base_temp=str(folder / f"{pool.home_port}" / f"rank{rank}"),
+            )
+
+        try:
+            runs, _ = pool.ranks.run(
+                message, is_last=_is_last, is_failure=_is_failure, timeout=request.seconds
+            )
+        except BaseException:
+            self._pools.kill(pool)
+            raise
+        finally:
+            self._link.close_store(port)
+        return ItemRun(pool=pool, runs=runs, notes=self._notes(pool))
+
+    def settle(self, request: ItemRequest, done: ItemRun, *, is_clean: bool) -> list[str]:
+        """Keep the pool where that is safe, else end it; return what its last teardowns raised."""
+        assert self._pools is not None
+        pool, key = done.pool, request.key
+        if not all(run.done for run in done.runs):
+            self._pools.kill(pool)
+            return []
+        messages = [message for run in done.runs for message in run.messages]
+        sequences = {one.sequence for one in messages if isinstance(one, Finished)}
+        is_cut = any(isinstance(message, Phase) for message in messages)
+        is_kept_clean = key.scope is None or (len(sequences) == 1 and not is_cut)
+        if is_clean and is_kept_clean and not is_alone(request.spec):
+            self._pools.give_back(key, pool)
+            return []
+        errors = self._tear_down(pool) if key.scope is not None else []
+        self._pools.retire(pool)
+        return errors
+
+    def _notes(self, pool: Pool) -> list[str]:
+        assert self._link is not None
+        notes = []
+        if self._link.how == "fresh":
+            notes.append(
+                "note: the ranks collected in a process of their own, because this one had "
+                "threads or torch before collection, so a fork was not safe"
+            )
+        if (threads := pool.ranks.native_threads()) > 1:
+            notes.append(
+                f"note: the process that ranks are forked from had {threads} native threads"
+            )
+        return notes
+
+    # ---- teardowns of wide fixtures
+
+    def tear_down_idle(self) -> list[tuple[str, list[str]]]:
+        """Run the teardowns that idle ranks still owe.
+
+        Returns:
+            For each pool where some failed: the node id of its last item, and what failed.
+        """
+        failed = []
+        for key, pool in self._pools.idle() if self._pools is not None else ():
+            if key.scope is not None and pool.ranks.is_alive():
+                errors = self._tear_down(pool)
+                if errors:
+                    failed.append((pool.last_node_id, errors))
+        return failed
+
+    def _tear_down(self, pool: Pool) -> list[str]:
+        """Run the teardowns of all live fixtures on a pool, bounded in time."""
+        runs, timed_out = pool.ranks.run(
+            lambda _: TearDown(),
+            is_last=lambda message: isinstance(message, Finished | Raised),
+            is_failure=lambda message: isinstance(message, Raised),
+            timeout=TEARDOWN_SECONDS,
+            starts=False,
+        )
+        errors = [
+            f"rank {run.rank}: {error}"
+            for run in runs
+            for message in run.messages
+            if isinstance(message, Finished)
+            for error in message.errors
+        ]
+        if timed_out:
+            errors.append(f"not over after {TEARDOWN_SECONDS:g} s")
+        return errors
+
+
+def is_alone(spec: RankSpec) -> bool:
+    """Return whether an item gets ranks of its own: a CUDA context is not handed to another test."""
+    return spec.isolate or spec.backend != "gloo"
+
+
+def _is_last(message: object) -> bool:
+    return isinstance(message, Finished | Raised)
+
+
+def _is_failure(message: object) -> bool:
+    if isinstance(message, Phase):
+        return message.outcome == "failed"
+    return isinstance(message, Raised) or (
+        isinstance(message, Finished) and message.missing is not None
+    )
