@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -11,7 +11,7 @@ from pytest_ranks.errors import BadInputError, did_you_mean
 from pytest_ranks.options import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pytest_ranks.hardware.found import Hardware
     from pytest_ranks.hardware.requirements import Need
@@ -128,10 +128,11 @@ MARKS = (
     Mark(
         name="ranks",
         # Written out, so that a session without such a mark imports nothing of the engine.
-        signature="(world_size=None, /, *, dp=None, tp=None, pp=None, timeout=None, "
-        "backend=None, isolate=False)",
+        signature="(world_size=None, /, *, dp=None, tp=None, pp=None, cp=None, ep=None, "
+        "timeout=None, backend=None, isolate=False)",
         text="run the test on this many rank processes. world_size: a number, or several for one "
-        "test item each; dp, tp, pp: sizes of a device mesh, in this order as written; timeout: "
+        "test item each; dp, tp, pp, cp, ep: sizes of a device mesh, in this order as written; a "
+        "size may be the name of a parametrized argument of the test; timeout: "
         "seconds once the ranks are ready; backend: of the process group; isolate: fresh "
         "processes for this test alone.",
         needs=None,
@@ -203,8 +204,8 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     if mark is None:
         return
     try:
-        specs = _rank_specs(mark)
-    except BadInputError:
+        specs = _rank_specs(mark, {})
+    except BadInputError:  # or a size that is a parameter of the item
         return  # `read` tells it for the item; here it would take the whole module along.
     if len(specs) > 1:
         metafunc.fixturenames.append(RANKS_PARAMETER)
@@ -233,7 +234,7 @@ def _read(item: pytest.Item, marks: list[pytest.Mark], ours: dict[str, Mark]) ->
             if row.needs is not None:
                 needs += _call(row.needs, mark)
             elif spec is None:  # the closest mark comes first and is the one that counts
-                spec = _choose(item, _rank_specs(mark))
+                spec = _choose(item, _rank_specs(mark, _parameters(item)))
                 needs.append(_ranks_need(spec))
         except BadInputError as error:
             text = f"{item.nodeid}: mark {error} Signature: {row.name}{row.signature}"
@@ -259,20 +260,21 @@ def _call(function: Callable[..., tuple[Need, ...]], mark: pytest.Mark) -> tuple
         raise BadInputError(f"{mark.name}: {error}") from None
 
 
-def _rank_specs(mark: pytest.Mark) -> tuple[RankSpec, ...]:
+def _rank_specs(mark: pytest.Mark, parameters: Mapping[str, object]) -> tuple[RankSpec, ...]:
     """Call the function that has the real signature of `ranks`; its errors name the mark."""
-    from pytest_ranks.launch.spec import ranks
+    from pytest_ranks.launch.spec import fill, ranks
 
+    arguments, keywords = fill(mark.args, mark.kwargs, parameters)
+    call: Callable[..., tuple[RankSpec, ...]] = ranks  # it checks what the mark's author wrote
     try:
-        return ranks(*mark.args, **mark.kwargs)
+        return call(*arguments, **keywords)
     except TypeError as error:
         raise BadInputError(f"{error}.") from None
 
 
 def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> RankSpec:
     """Return the spec of this item, within the most ranks that a test may ask for."""
-    callspec = getattr(item, "callspec", None)
-    parameters = {} if callspec is None else callspec.params
+    parameters = _parameters(item)
     if len(specs) > 1 and RANKS_PARAMETER not in parameters:
         sizes = [spec.world_size for spec in specs]
         raise BadInputError(
@@ -288,6 +290,12 @@ def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> RankSpec:
             f"({source}); allow more with --ranks-max-world-size={spec.world_size}."
         )
     return spec
+
+
+def _parameters(item: pytest.Item) -> Mapping[str, Any]:
+    """Return the values of an item's parametrized arguments."""
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None else callspec.params
 
 
 def _ranks_need(spec: RankSpec) -> Need:

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.launch.spec import SIGNATURE, RankSpec, ranks
+from pytest_ranks.launch.spec import SIGNATURE, RankSpec, fill, ranks
 
 
 def test_a_world_size_gives_one_spec():
@@ -24,7 +24,7 @@ def test_a_mesh_multiplies_out_in_the_order_given():
 
 def test_the_signature_that_users_read_is_the_functions_own():
     names = list(inspect.signature(ranks).parameters)
-    assert names == ["world_size", "dp", "tp", "pp", "timeout", "backend", "isolate"]
+    assert names == ["world_size", "dp", "tp", "pp", "cp", "ep", "timeout", "backend", "isolate"]
     assert all(name in SIGNATURE for name in names)
 
 
@@ -54,11 +54,40 @@ def test_the_signature_that_users_read_is_the_functions_own():
             (2,),
             {"timout": 3},
             "ranks(timout=...): unknown argument 'timout', expected one of 'dp', 'tp', 'pp', "
-            "'timeout', 'backend', 'isolate'. Did you mean 'timeout'?",
+            "'cp', 'ep', 'timeout', 'backend', 'isolate'. Did you mean 'timeout'?",
         ),
     ],
 )
 def test_bad_arguments_get_one_sentence(args, kwargs, text):
     with pytest.raises(BadInputError) as caught:
         ranks(*args, **kwargs)
+    assert str(caught.value) == text
+
+
+def test_a_size_may_be_a_parameter_of_the_test():
+    assert fill(("ws",), {"timeout": 3}, {"ws": 4}) == ((4,), {"timeout": 3})
+    filled = fill((), {"dp": "d", "tp": 2, "backend": "gloo"}, {"d": 3})
+    assert filled == ((), {"dp": 3, "tp": 2, "backend": "gloo"})
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        (
+            ("wsize",),
+            {},
+            "ranks('wsize'): expected a number, or the name of a parametrized argument of the "
+            "test, which has 'w_size'. Did you mean 'w_size'?",
+        ),
+        (
+            (),
+            {"tp": "x"},
+            "ranks(tp='x'): expected a number, or the name of a parametrized argument of the "
+            "test, which has 'w_size'.",
+        ),
+    ],
+)
+def test_a_size_that_is_no_parameter_gets_one_sentence(args, kwargs, text):
+    with pytest.raises(BadInputError) as caught:
+        fill(args, kwargs, {"w_size": 2})
     assert str(caught.value) == text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +10,9 @@ from pytest_ranks import marks
 from pytest_ranks.launch.spec import ranks
 
 GPU = "Signature: gpu(count=1, *, vendor=None, memory=None, capability=None)"
-RANKS = (
-    "Signature: ranks(world_size=None, /, *, dp=None, tp=None, pp=None, timeout=None, "
-    "backend=None, isolate=False)"
-)
+MARKERS = Path(__file__).parent.parent / "data" / "markers.txt"  # held by test_golden_pages
+_ranks_line = MARKERS.read_text().splitlines()[0]
+RANKS = f"Signature: {_ranks_line.removeprefix('@pytest.mark.').partition('): ')[0]})"
 
 
 @pytest.mark.parametrize(
@@ -282,6 +282,33 @@ def test_a_list_of_world_sizes_makes_one_item_each(pytester) -> None:
         *(f"test_it.py::test_many[ws={n}-{x}]" for n in (1, 2, 4) for x in "ab"),
         "test_it.py::test_one",
     ]
+
+
+def test_a_size_may_be_a_parameter_of_the_test(pytester) -> None:
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+
+        @pytest.mark.ranks("ws")
+        @pytest.mark.parametrize("ws", [1, 2])
+        def test_world(rank, ws): assert rank.world_size == ws
+
+        @pytest.mark.ranks(dp="dp", tp="tp")
+        @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
+        def test_layout(rank, dp, tp):
+            assert (rank.mesh["dp"].size(), rank.mesh["tp"].size()) == (dp, tp)
+
+        @pytest.mark.ranks(tp="tpp")
+        @pytest.mark.parametrize("tp", [2])
+        def test_misspelt(tp): pass
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=4, errors=1)
+    result.stdout.fnmatch_lines(
+        "*test_misspelt[[]2[]]: mark ranks(tp='tpp'): expected a number, or the name of a "
+        "parametrized argument of the test, which has 'tp'. Did you mean 'tp'?*"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pytest_ranks.errors import BadInputError, did_you_mean
 
 BACKENDS = ("gloo", "nccl")
+DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, expert
 SIGNATURE = (
-    "ranks(world_size: int | Sequence[int] | None = None, /, *, dp=None, tp=None, pp=None, "
-    "timeout=None, backend=None, isolate=False)"
+    "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
+    "cp=None, ep=None, timeout=None, backend=None, isolate=False)"
 )
 
 
@@ -51,7 +52,7 @@ def ranks(
         timeout: seconds for the test after its ranks are ready.
         backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
         isolate: give the test freshly forked ranks, kept by no other test.
-        mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, in the order of the mesh.
+        mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, `cp`, `ep`, in the order of the mesh.
 
     Raises:
         BadInputError: an argument is unknown, of a wrong type or out of range.
@@ -74,19 +75,56 @@ def ranks(
     )
 
 
-# What users read is the promise: the three dimensions by name. The function takes **mesh
+# What users read is the promise: the dimensions by name. The function takes **mesh
 # because only that keeps the order in which they were written.
 ranks.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         *list(inspect.signature(ranks).parameters.values())[:1],
         *(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in ("dp", "tp", "pp")
+            for name in DIMENSIONS
         ),
         *list(inspect.signature(ranks).parameters.values())[1:-1],
     ],
     return_annotation=inspect.signature(ranks).return_annotation,
 )
+
+
+def fill(
+    args: Sequence[object], kwargs: Mapping[str, object], parameters: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Put the values of a test's parameters where the mark names them as a size.
+
+    Args:
+        args: positional arguments of the mark.
+        kwargs: its keyword arguments.
+        parameters: values of the parametrized arguments of one test item, by name.
+
+    Returns:
+        The arguments with `ranks("ws")` and `ranks(dp="dp")` filled in.
+
+    Raises:
+        BadInputError: the test has no parametrized argument of that name.
+    """
+
+    def value(name: str, found: object) -> object:
+        if not isinstance(found, str):
+            return found
+        if found not in parameters:
+            has = ", ".join(map(repr, parameters)) or "none"
+            raise BadInputError(
+                f"ranks({name}{found!r}): expected a number, or the name of a parametrized "
+                f"argument of the test, which has {has}.{did_you_mean(found, list(parameters))}"
+            )
+        return parameters[found]
+
+    return (
+        tuple(value("", one) for one in args),
+        {
+            name: value(f"{name}=", one) if name in DIMENSIONS else one
+            for name, one in kwargs.items()
+        },
+    )
 
 
 def check_run(world_size: object, timeout: object) -> None:
@@ -119,9 +157,9 @@ def check_environment(env: object) -> None:
 
 
 def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
-    known = ("dp", "tp", "pp", "timeout", "backend", "isolate")
+    known = (*DIMENSIONS, "timeout", "backend", "isolate")
     for name in mesh:
-        if name not in ("dp", "tp", "pp"):
+        if name not in DIMENSIONS:
             raise BadInputError(
                 f"ranks({name}=...): unknown argument {name!r}, expected one of "
                 f"{', '.join(map(repr, known))}.{did_you_mean(name, known)}"
