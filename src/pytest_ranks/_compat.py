@@ -126,7 +126,9 @@ def longrepr_text(longrepr: Any) -> str:
     return "\n".join(lines)
 
 
-def make_longrepr(item: pytest.Item, *, head: str, inner: Any, text: str, tail: str) -> Any:
+def make_longrepr(
+    item: pytest.Item, *, head: str, below: str = "", inner: Any, text: str, tail: str
+) -> Any:
     """Return what pytest prints for a failure: a headline, a traceback or text, and a tail.
 
     Made of pytest's own classes, because only those travel from an xdist worker.
@@ -134,6 +136,7 @@ def make_longrepr(item: pytest.Item, *, head: str, inner: Any, text: str, tail: 
     Args:
         item: the failed item.
         head: first line, and what the short summary shows.
+        below: lines right below it, empty for none.
         inner: longrepr of the rank that failed first, None where it has none.
         text: what to print in its place.
         tail: last lines.
@@ -155,7 +158,7 @@ def make_longrepr(item: pytest.Item, *, head: str, inner: Any, text: str, tail: 
     else:
         file, line, _ = item.location
         place = ReprFileLocation(str(file), (line or 0) + 1, head)
-    chain: list[Any] = [(block(head), None, None)]
+    chain: list[Any] = [(block(f"{head}\n{below}" if below else head), None, None)]
     if isinstance(inner, ExceptionChainRepr):
         chain += inner.chain
     elif inner is not None:

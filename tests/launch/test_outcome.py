@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pytest_ranks.launch.messages import Finished, Phase, Raised
-from pytest_ranks.launch.outcome import RankResult, result_of, verdict
+from pytest_ranks.launch.outcome import ExpectedEnd, RankResult, result_of, verdict
 from pytest_ranks.launch.pool import RankRun
 
 
@@ -126,3 +128,53 @@ def test_a_result_takes_streamed_and_collected_reports_together():
 )
 def test_what_a_rank_never_reported_is_never_passed(run, status):
     assert result_of(run).status == status
+
+
+KILLED = ExpectedEnd(text="SIGKILL", statuses=frozenset({-9}))
+DIED_AS_DECLARED = RankResult(rank=0, died=True, expected="died")
+DIED_ANOTHER_WAY = RankResult(rank=0, died=True, expected="lives")
+
+
+@pytest.mark.parametrize(
+    ("results", "word"),
+    [
+        ([DIED_AS_DECLARED, PASSED], "passed"),
+        ([DIED_AS_DECLARED, DIED_AS_DECLARED], "passed"),
+        ([DIED_AS_DECLARED, SKIPPED], "skipped"),
+        ([DIED_AS_DECLARED, FAILED], "failed"),
+        ([DIED_AS_DECLARED, DIED], "crashed"),
+        ([DIED_AS_DECLARED, STOPPED], "crashed"),
+        ([DIED_AS_DECLARED, TIMED_OUT], "timed_out"),
+        ([DIED_ANOTHER_WAY, PASSED], "crashed"),
+        ([replace(PASSED, expected="lives"), PASSED], "failed"),
+        ([replace(SKIPPED, expected="lives"), SKIPPED], "failed"),
+        ([replace(XFAILED, expected="lives"), PASSED], "failed"),
+        ([replace(FAILED, expected="died"), PASSED], "failed"),
+        ([replace(STOPPED, expected="lives"), PASSED], "crashed"),
+    ],
+)
+def test_a_declared_death_is_required_and_is_no_failure(results, word):
+    assert verdict(results) == word
+    assert verdict(results[::-1]) == word
+
+
+@pytest.mark.parametrize(
+    ("run", "status"),
+    [
+        (RankRun(rank=0, crashed=True, status=-9), "died_as_expected"),
+        (RankRun(rank=0, crashed=True, status=-11), "crashed"),
+        (RankRun(rank=0, crashed=True, status=None), "crashed"),
+        (
+            RankRun(
+                rank=0,
+                messages=[Finished(phases=(SETUP, phase("call"), TEARDOWN))],
+                done=True,
+            ),
+            "survived",
+        ),
+        (RankRun(rank=0, stopped="collateral"), "stopped"),
+        (RankRun(rank=0, stopped="deadline"), "timed_out"),
+    ],
+)
+def test_a_declared_death_is_recognised_by_how_the_process_ended(run, status):
+    assert result_of(run, expected_end=KILLED).status == status

@@ -130,9 +130,10 @@ class RankItems:
             self._service.recover()
             pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
         forward_warnings(self._config, done.runs)
-        decided = reports.decide(
-            item, done.runs, timeout=request.seconds, note="\n".join(done.notes)
+        context = reports.Context(
+            timeout=request.seconds, notes=done.notes, explanations=done.explanations
         )
+        decided = reports.decide(item, done.runs, context)
         errors = self._service.settle(request, done, is_clean=decided.is_clean)
         decided.sections.extend(("Teardown of wide fixtures", error) for error in errors)
         return decided

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pytest_ranks.launch.messages import Finished, Phase, Raised
 
@@ -14,6 +14,24 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.pool import RankRun
 
 STRICT_XPASS = "[XPASS(strict)]"  # how pytest begins the text of a strict unexpected pass
+DIED_AS_EXPECTED = "died_as_expected"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedEnd:
+    """How the process of a rank has to end, or the test fails.
+
+    Attributes:
+        text: how the mark says it, such as `SIGKILL`.
+        statuses: exit codes and -signals that are meant.
+    """
+
+    text: str
+    statuses: frozenset[int]
+
+    def is_met(self, status: int | None) -> bool:
+        """Return whether a process that ended with this status ended as declared."""
+        return status in self.statuses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +46,8 @@ class RankResult:
         timed_out: whether we ended it at the deadline, or waiting for ranks that had finished.
         raised: whether something raised outside of a phase.
         missing: whether it did not find the item.
+        expected: `died` where its process ended as declared, `lives` where that was declared and
+            has not happened, nothing where nothing was declared.
     """
 
     rank: int
@@ -37,14 +57,28 @@ class RankResult:
     timed_out: bool = False
     raised: bool = False
     missing: bool = False
+    expected: Literal["", "died", "lives"] = ""
 
     @property
     def status(self) -> str:
-        """What this rank's own reports say.
+        """What this rank's own reports say, and how its process ended.
 
-        One of crashed, stopped, timed_out, error, failed, strict_xpass, xpassed, xfailed,
-        skipped, passed. Anything but exactly one report a phase is a crash.
+        One of crashed, stopped, timed_out, error, failed, survived, strict_xpass, xpassed,
+        xfailed, skipped, passed, died_as_expected. Anything but exactly one report a phase is a
+        crash. A declared death makes up for the reports that are missing, not for one that failed.
         """
+        if self.expected == "died":
+            return (
+                "failed"
+                if any(one.outcome == "failed" for one in self.phases)
+                else DIED_AS_EXPECTED
+            )
+        told = self._told
+        is_good = told not in ("crashed", "stopped", "timed_out", "error", "failed")
+        return "survived" if self.expected == "lives" and is_good else told
+
+    @property
+    def _told(self) -> str:
         if self.died or self.raised or self.missing:
             return "crashed"
         if self.timed_out:
@@ -79,19 +113,29 @@ def verdict(results: Sequence[RankResult]) -> str:
 
     One of crashed, error, failed, timed_out, disagree, strict_xpass, xpassed, xfailed, skipped,
     passed. A rank that we stopped counts for nothing when another one failed; when none did, its
-    report is missing.
+    report is missing. A rank that died as declared leaves the word to the others; one that
+    should have died and has not failed.
     """
-    statuses = [result.status for result in results]
-    for worst in ("crashed", "error", "failed", "timed_out"):
-        if worst in statuses:
-            return worst
-    if not statuses or "stopped" in statuses:
+    if not results:
         return "crashed"
+    statuses = [result.status for result in results if result.status != DIED_AS_EXPECTED]
+    for worst in ("crashed", "error", "failed", "timed_out"):
+        if worst in statuses or (worst == "failed" and "survived" in statuses):
+            return worst
+    if "stopped" in statuses:
+        return "crashed"
+    if not statuses:
+        return "passed"  # every rank died, as every one should
     return statuses[0] if len(set(statuses)) == 1 else "disagree"
 
 
-def result_of(run: RankRun) -> RankResult:
-    """Return what a rank made of an item from what it said."""
+def result_of(run: RankRun, *, expected_end: ExpectedEnd | None = None) -> RankResult:
+    """Return what a rank made of an item from what it said.
+
+    Args:
+        run: what the rank did.
+        expected_end: how its process had to end, None where it had to live.
+    """
     phases: list[Phase] = []
     raised = missing = False
     for message in run.messages:
@@ -104,6 +148,9 @@ def result_of(run: RankRun) -> RankResult:
         elif isinstance(message, Raised):
             raised = True
     order = ("setup", "call", "teardown")
+    expected: Literal["", "died", "lives"] = ""
+    if expected_end is not None:
+        expected = "died" if run.crashed and expected_end.is_met(run.status) else "lives"
     return RankResult(
         rank=run.rank,
         phases=tuple(sorted(phases, key=lambda phase: order.index(phase.when))),
@@ -112,4 +159,5 @@ def result_of(run: RankRun) -> RankResult:
         timed_out=run.stopped in ("deadline", "abandoned", "unready"),
         raised=raised,
         missing=missing,
+        expected=expected,
     )

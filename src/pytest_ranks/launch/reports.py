@@ -11,9 +11,11 @@ from pytest_ranks.launch.failures import Failure
 from pytest_ranks.launch.messages import Finished, Phase, Raised
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import pytest
 
-    from pytest_ranks.launch.outcome import RankResult
+    from pytest_ranks.launch.outcome import ExpectedEnd, RankResult
     from pytest_ranks.launch.pool import RankRun
 
 
@@ -73,36 +75,57 @@ class ItemOutcome:
         report.outcome = words.get(self.verdict, "failed")  # type: ignore[assignment]
 
 
-def decide(item: pytest.Item, runs: list[RankRun], *, timeout: float, note: str) -> ItemOutcome:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What is known about a run besides what its ranks said.
+
+    Attributes:
+        timeout: the deadline, in seconds.
+        notes: on how the ranks were started, where that may matter to a death.
+        explanations: what we found out about the failure, each a line or a block of lines; they
+            stand right below the headline.
+        expected_ends: rank -> how its process has to end.
+    """
+
+    timeout: float
+    notes: Sequence[str] = ()
+    explanations: Sequence[str] = ()
+    expected_ends: Mapping[int, ExpectedEnd] = field(default_factory=dict)
+
+
+def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutcome:
     """Return the outcome of an item from what its ranks did.
 
     Args:
         item: the item, in the controller.
         runs: what each rank did.
-        timeout: the deadline, in seconds.
-        note: on how the ranks were started, where that may matter.
+        context: what is known besides.
     """
-    results = [outcome.result_of(run) for run in runs]
+    results = [
+        outcome.result_of(run, expected_end=context.expected_ends.get(run.rank)) for run in runs
+    ]
     word = outcome.verdict(results)
     sections = _sections(results)
     properties = _properties(results)
-    first = results[0].phases[-1] if results[0].phases else None
     if word in ("passed", "xpassed", "xfailed", "skipped", "strict_xpass"):
-        telling = next(
-            (p for p in results[0].phases if p.outcome != "passed" or p.was_xfail is not None),
-            first,
-        )
-        assert telling is not None
+        telling = _telling(results)
         return ItemOutcome(
             verdict=word,
             when="call",
-            text=str(telling.report.get("longrepr") or ""),
-            longrepr=_longrepr(item, telling),
-            was_xfail=telling.was_xfail,
+            text=str(telling.report.get("longrepr") or "") if telling is not None else "",
+            longrepr=_longrepr(item, telling) if telling is not None else None,
+            was_xfail=telling.was_xfail if telling is not None else None,
             sections=sections,
             properties=properties,
         )
-    return _failed(item, runs, results, word, timeout=timeout, note=note, sections=sections)
+    return _failed(item, runs, results, word, context, sections=sections)
+
+
+def _telling(results: list[RankResult]) -> Phase | None:
+    """Return the report that says it all where the ranks agree; None where none is left."""
+    phases = next((one.phases for one in results if one.status != outcome.DIED_AS_EXPECTED), ())
+    bad = (one for one in phases if one.outcome != "passed" or one.was_xfail is not None)
+    return next(bad, phases[-1] if phases else None)
 
 
 def _failed(
@@ -110,23 +133,22 @@ def _failed(
     runs: list[RankRun],
     results: list[RankResult],
     word: str,
+    context: Context,
     *,
-    timeout: float,
-    note: str,
     sections: list[tuple[str, str]],
 ) -> ItemOutcome:
     world_size = len(runs)
     found = [
         failure
         for run, result in zip(runs, results, strict=True)
-        if (failure := _failure(run, result)) is not None
+        if (failure := _failure(run, result, context)) is not None
     ]
     ordered = failures.in_order(found)
     others_left = any(result.status in ("skipped", "xfailed") for result in results)
     if word == "disagree" or (others_left and all(one.is_collateral for one in found)):
         head = _disagreement(results, found)
     else:
-        head = failures.headline(ordered, world_size=world_size, timeout=timeout)
+        head = failures.headline(ordered, world_size=world_size, timeout=context.timeout)
     sections = [*sections, *_output_sections(ordered)]
     root = ordered[0] if ordered else None
     phase = _failed_phase(results[root.rank]) if root is not None else None
@@ -134,14 +156,15 @@ def _failed(
     if word == "error" and phase is not None and phase.when in ("setup", "teardown"):
         when = phase.when
     tail = [*failures.hints(ordered), *_others_lines(ordered[1:]), *failures.stacks(ordered)]
-    if note and word == "crashed":
-        tail.append(note)
+    if word == "crashed":
+        tail += context.notes
     if item.config.getoption("usepdb", False):
         tail.append(NO_PDB)
     tail.append(f"reproduce: pytest {item.nodeid!r}")
     longrepr = _compat.make_longrepr(
         item,
         head=head,
+        below="\n".join(context.explanations),
         inner=_longrepr(item, phase) if phase is not None else None,
         text=root.text if root is not None and phase is None and root.kind == "raised" else "",
         tail="\n".join(tail),
@@ -156,8 +179,14 @@ def _failed(
     )
 
 
-def _failure(run: RankRun, result: RankResult) -> Failure | None:
+def _failure(run: RankRun, result: RankResult, context: Context) -> Failure | None:
     status = result.status
+    if status == "survived":
+        declared = context.expected_ends[run.rank].text
+        headline = f"was declared to end by {declared} and did not"
+        return Failure(rank=run.rank, kind="raised", headline=headline, at=run.at)
+    if status == outcome.DIED_AS_EXPECTED:
+        return None
     output = (run.output + run.captured).strip()
     phase = _failed_phase(result)
     if phase is not None:

@@ -60,11 +60,13 @@ class ItemRun:
         pool: the ranks that it ran on.
         runs: what each of them did.
         notes: on how the ranks were started, where that may matter to a death.
+        explanations: what was found out about a failure.
     """
 
     pool: Pool
     runs: list[RankRun]
     notes: list[str] = field(default_factory=list)
+    explanations: list[str] = field(default_factory=list)
 
 
 class RankService:
