@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pytest_ranks.launch.messages import World
+    from pytest_ranks.launch.messages import Rendezvous, World
 
 LOOPBACK = "127.0.0.1"
 # Cuts each reverse look-up of a store connection from 5 seconds to 1 where the resolver is silent.
@@ -90,20 +90,21 @@ def export_rank_variables(world: World) -> None:
     scrub_rank_variables()
     if not world.rank_variables:
         return
-    rank, size = str(world.rank), str(world.world_size)
+    rank, size, place = str(world.rank), str(world.world_size), world.place
     os.environ |= {
         "RANK": rank,
-        "LOCAL_RANK": rank,
+        "LOCAL_RANK": str(world.local_rank),
         "ROLE_RANK": rank,
-        "GROUP_RANK": "0",
+        "GROUP_RANK": str(place.node) if place is not None else "0",
         "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": str(place.local_world_size) if place is not None else size,
         "ROLE_WORLD_SIZE": size,
-        "GROUP_WORLD_SIZE": "1",
+        "GROUP_WORLD_SIZE": str(place.nodes) if place is not None else "1",
     }
     if world.rendezvous is not None:
         os.environ |= {
-            "MASTER_ADDR": LOOPBACK,
+            "GLOO_SOCKET_IFNAME": world.rendezvous.interface,
+            "MASTER_ADDR": world.rendezvous.host,
             "MASTER_PORT": str(world.rendezvous.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
@@ -204,18 +205,11 @@ class ProcessGroup:
         if dist.is_initialized():
             self.drop()
         if self._store is None:
-            self._store = dist.TCPStore(  # type: ignore[attr-defined]
-                LOOPBACK,
-                rendezvous.home_port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=rendezvous.seconds),
-            )
-            self.watch()
+            self._store = self._connect(rendezvous)
         if world.backend == "nccl":
             import torch
 
-            torch.cuda.set_device(world.rank)
+            torch.cuda.set_device(world.local_rank)
         prefix = f"pytest_ranks/{rendezvous.run}"
         dist.init_process_group(
             world.backend,
@@ -226,6 +220,36 @@ class ProcessGroup:
         )
         self._kept = world.keep_group
         _ours[:] = [self]
+
+    def meet(self, world: World) -> None:
+        """Wait until every rank of a run over several controllers has come this far.
+
+        The ranks of one controller wait for its word; here nobody hears all of them but a store.
+        """
+        import torch.distributed as dist
+
+        rendezvous = world.rendezvous
+        assert rendezvous is not None
+        if self._store is None:
+            self._store = self._connect(rendezvous)
+        name = f"pytest_ranks/{rendezvous.run}/start"
+        store = dist.PrefixStore(name, self._store)  # type: ignore[attr-defined]
+        if store.add("arrived", 1) == world.world_size:
+            store.set("all", "here")
+        store.wait(["all"], timedelta(seconds=rendezvous.seconds))
+
+    def _connect(self, rendezvous: Rendezvous) -> TCPStore:
+        import torch.distributed as dist
+
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            rendezvous.host,
+            rendezvous.home_port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=rendezvous.seconds),
+        )
+        self.watch()
+        return store
 
     def mesh(self, world: World) -> DeviceMesh | None:
         """Return the mesh of the run, made at the first call on all ranks."""

@@ -82,12 +82,33 @@ class Rendezvous:
         port: of the store made for this run alone, for what the test itself initialises.
         home_port: of the store that the rank keeps its one connection to.
         seconds: timeout of the process group.
+        host: address of the machine that serves the stores.
+        interface: of the network over which the ranks reach each other.
     """
 
     run: int
     port: int
     home_port: int
     seconds: float
+    host: str = "127.0.0.1"
+    interface: str = "lo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the rank of a run over several controllers is.
+
+    Attributes:
+        local_rank: its number among the run's ranks on its node.
+        local_world_size: how many ranks of the run its node has.
+        node: number of its node among those of the run.
+        nodes: how many nodes the run is on.
+    """
+
+    local_rank: int
+    local_world_size: int
+    node: int
+    nodes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +125,12 @@ class World:
     rendezvous: Rendezvous | None = None
     environment: dict[str, str] | None = None
     shared_tmp_path: str | None = None
+    place: Place | None = None
+
+    @property
+    def local_rank(self) -> int:
+        """The rank's number on its machine."""
+        return self.rank if self.place is None else self.place.local_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

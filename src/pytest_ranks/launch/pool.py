@@ -7,7 +7,7 @@ import os
 import select
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
@@ -62,6 +62,25 @@ class RankRun:
     where: deadline.Where | None = None
 
 
+class Peers(Protocol):
+    """The ranks of a run that are watched elsewhere, each by a controller of its own."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when they have something to say."""
+
+    def pump(self) -> None:
+        """Take in what they have said."""
+
+    def tell_failure(self) -> None:
+        """Tell them that a rank of ours failed; said again, it changes nothing."""
+
+    def has_failed(self) -> bool:
+        """Return whether one of them failed, or cannot be reached any more."""
+
+    def has_finished(self) -> bool:
+        """Return whether one of them has finished the run."""
+
+
 class Ranks:
     """Rank processes that run one thing at a time, together."""
 
@@ -91,6 +110,7 @@ class Ranks:
         is_failure: Callable[[Any], bool],
         timeout: float,
         starts: bool = True,
+        peers: Peers | None = None,
     ) -> tuple[list[RankRun], bool]:
         """Send one request to every rank and watch until each is done, dead or stopped.
 
@@ -100,6 +120,7 @@ class Ranks:
             is_failure: whether a message means that the rank failed; peers get a short grace.
             timeout: seconds from the moment all ranks have started.
             starts: whether ranks say that they have; else the time runs from now.
+            peers: ranks of the same run that are watched elsewhere.
 
         Returns:
             What each rank did, and whether the deadline passed.
@@ -110,7 +131,7 @@ class Ranks:
         self.runs += 1
         for handle in self._handles:
             os.ftruncate(handle.stacks, 0)
-        watch = _Watch(self._link, self._handles, is_last, is_failure, timeout)
+        watch = _Watch(self._link, self._handles, is_last, is_failure, timeout, peers)
         if not starts:
             watch.limit = time.monotonic() + timeout
         try:
@@ -160,6 +181,7 @@ class _Watch:
         is_last: Callable[[Any], bool],
         is_failure: Callable[[Any], bool],
         timeout: float,
+        peers: Peers | None,
     ) -> None:
         self.runs = [RankRun(rank=handle.rank) for handle in handles]
         self._link = link
@@ -167,6 +189,7 @@ class _Watch:
         self._is_last = is_last
         self._is_failure = is_failure
         self._timeout = timeout
+        self._peers = peers
         self.limit = time.monotonic() + START_SECONDS
         self._started: set[int] = set()
         self._grace: float | None = None
@@ -176,6 +199,8 @@ class _Watch:
     def until_over(self) -> bool:
         """Return, once no rank is at work any more, whether the deadline passed."""
         timed_out = False
+        if self._peers is not None and self._peers.has_failed():
+            self._give_grace()
         while waiting := [run for run in self.runs if not (run.done or run.crashed)]:
             now = time.monotonic()
             grace = self.limit if self._grace is None else self._grace
@@ -202,7 +227,8 @@ class _Watch:
 
     def _next_probe(self, waiting: list[RankRun], now: float) -> float:
         """Return when to look at ranks that are left while others have finished."""
-        if len(waiting) == len(self.runs):
+        have_peers_finished = self._peers is not None and self._peers.has_finished()
+        if len(waiting) == len(self.runs) and not have_peers_finished:
             return self.limit
         if self._probe is None:
             self._probe = now + PROBE_SECONDS
@@ -233,11 +259,30 @@ class _Watch:
                     by_fd[handle.pidfd] = index
         for fd in by_fd:
             poll.register(fd, select.POLLIN)
+        if self._peers is not None:
+            poll.register(self._peers.fileno(), select.POLLIN)
         ready = {fd for fd, _ in poll.poll(int(seconds * 1000) + 1)}
+        if self._peers is not None and self._peers.fileno() in ready:
+            self._hear(self._peers)
         if self._link.channel.fileno() in ready:
             self._link.pump()
         for index in {by_fd[fd] for fd in ready if fd in by_fd}:
             self._listen(self._handles[index], self.runs[index])
+
+    def _hear(self, peers: Peers) -> None:
+        peers.pump()
+        if peers.has_failed():
+            self._give_grace()
+
+    def _give_grace(self) -> None:
+        """Give those that are at work a short time for their own end, once."""
+        if self._grace is None:
+            self._grace = time.monotonic() + GRACE
+
+    def _fail(self) -> None:
+        self._give_grace()
+        if self._peers is not None:
+            self._peers.tell_failure()
 
     def _listen(self, handle: RankHandle, run: RankRun) -> None:
         try:
@@ -266,8 +311,8 @@ class _Watch:
             return
         run.messages.append(message)
         run.done = run.done or self._is_last(message)
-        if self._is_failure(message) and self._grace is None:
-            self._grace = time.monotonic() + GRACE
+        if self._is_failure(message):
+            self._fail()
 
     def _release(self) -> None:
         self.limit = time.monotonic() + self._timeout
@@ -298,8 +343,7 @@ class _Watch:
         run.status = handle.status
         run.stacks = read_tail(handle.stacks, 1 << 18)
         self._read_output(handle, run)
-        if self._grace is None:
-            self._grace = time.monotonic() + GRACE
+        self._fail()
 
     def _stop(self, waiting: list[RankRun], why: str) -> None:
         handles = [self._handles[run.rank] for run in waiting]

@@ -201,7 +201,7 @@ class Rank:
         _current[:] = [
             RankContext(
                 index=world.rank,
-                local_rank=world.rank,
+                local_rank=world.local_rank,
                 world_size=world.world_size,
                 backend=world.backend,
                 shared_tmp_path=Path(world.shared_tmp_path or os.curdir),
@@ -212,6 +212,8 @@ class Rank:
         ]
         if world.mesh:
             self._group.mesh(world)
+        if world.place is not None:
+            self._group.meet(world)
 
     def _call(self, request: RunFunction) -> bytes:
         for entry in request.sys_path:
