@@ -21,7 +21,15 @@ HEAVY = ("torch", "numpy", "transformers", "asyncio")
 # neighbour or from above. A dotted room is one module that stands apart from its folder: most are
 # the face that a room shows to pytest, which may know what the marks and options say.
 FLOORS = (
-    ("errors", "__init__", "_compat", "launch.spec", "launch.wire", "launch.messages"),
+    (
+        "errors",
+        "__init__",
+        "_compat",
+        "launch.spec",
+        "launch.wire",
+        "launch.messages",
+        "launch.fidelity.ladder",
+    ),
     ("hardware", "models", "observe", "tiers"),
     ("option_table",),
     ("options",),
@@ -45,7 +53,8 @@ FLOORS = (
 NEIGHBOURS = {
     "launch.wire": {"errors", "_compat"},
     "launch.messages": {"errors", "_compat"},
-    "launch.spec": {"errors", "_compat"},
+    "launch.spec": {"errors", "_compat", "launch.fidelity.ladder"},
+    "launch.fidelity.ladder": {"errors", "launch.spec"},
     "launch.scan": {"launch.items"},
     "conformance.command": {"conformance.parametrize"},
     "conformance.conftest": {"conformance.parametrize", "conformance.command"},

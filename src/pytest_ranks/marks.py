@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_ranks.errors import BadInputError, did_you_mean
-from pytest_ranks.options import settings
+from pytest_ranks.options import Settings, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -129,12 +129,13 @@ MARKS = (
         name="ranks",
         # Written out, so that a session without such a mark imports nothing of the engine.
         signature="(world_size=None, /, *, dp=None, tp=None, pp=None, cp=None, ep=None, "
-        "timeout=None, backend=None, isolate=False)",
+        "timeout=None, backend=None, isolate=False, fidelity=None, lowest_fidelity=None)",
         text="run the test on this many rank processes. world_size: a number, or several for one "
         "test item each; dp, tp, pp, cp, ep: sizes of a device mesh, in this order as written; a "
         "size may be the name of a parametrized argument of the test; timeout: "
         "seconds once the ranks are ready; backend: of the process group; isolate: fresh "
-        "processes for this test alone.",
+        "processes for this test alone; fidelity: how real the ranks are, or several for one test "
+        "item each; lowest_fidelity: the lowest that the test is valid on.",
         needs=None,
     ),
     Mark(
@@ -199,7 +200,7 @@ def register(config: pytest.Config) -> None:
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
-    """Make one item for each world size that a `ranks` mark lists."""
+    """Make one item for each world size and fidelity that a `ranks` mark lists."""
     mark = metafunc.definition.get_closest_marker("ranks")
     if mark is None:
         return
@@ -209,8 +210,13 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         return  # `read` tells it for the item; here it would take the whole module along.
     if len(specs) > 1:
         metafunc.fixturenames.append(RANKS_PARAMETER)
-        ids = [f"ws={spec.world_size}" for spec in specs]
-        metafunc.parametrize(RANKS_PARAMETER, specs, ids=ids)
+        metafunc.parametrize(RANKS_PARAMETER, specs, ids=_ids(specs))
+
+
+def _ids(specs: tuple[RankSpec, ...]) -> list[str]:
+    """Return the ids of one mark's items; a fidelity is in them where the mark lists several."""
+    has_several = len({spec.fidelity for spec in specs}) > 1
+    return [f"ws={spec.world_size}" + f"-{spec.fidelity}" * has_several for spec in specs]
 
 
 def read(item: pytest.Item) -> Asked:
@@ -276,20 +282,32 @@ def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> RankSpec:
     """Return the spec of this item, within the most ranks that a test may ask for."""
     parameters = _parameters(item)
     if len(specs) > 1 and RANKS_PARAMETER not in parameters:
-        sizes = [spec.world_size for spec in specs]
         raise BadInputError(
-            f"ranks: world sizes {sizes}, expected one: pytest can repeat neither methods of "
+            f"ranks: {', '.join(_ids(specs))}, expected one: pytest can repeat neither methods of "
             "unittest.TestCase nor a test because of a mark on one of its parameters."
         )
     spec: RankSpec = parameters.get(RANKS_PARAMETER, specs[0])
     chosen = settings(item.config)
-    if spec.world_size > chosen.max_world_size:
+    if len({one.fidelity for one in specs}) == 1:  # else the item's id names its fidelity
+        spec = _at_fidelity(spec, chosen)
+    if spec.is_limited and spec.world_size > chosen.max_world_size:
         source = chosen.source("max_world_size")
         raise BadInputError(
             f"ranks: world size {spec.world_size}, expected at most {chosen.max_world_size} "
             f"({source}); allow more with --ranks-max-world-size={spec.world_size}."
         )
     return spec
+
+
+def _at_fidelity(spec: RankSpec, chosen: Settings) -> RankSpec:
+    """Return the spec at the fidelity that the session wants, where the test allows that."""
+    from pytest_ranks.launch.fidelity import ladder
+
+    if chosen.fidelity is None or not ladder.is_allowed(spec, chosen.fidelity):
+        return spec
+    changed = ladder.at(spec, chosen.fidelity)
+    is_too_wide = changed.is_limited and spec.world_size > chosen.max_world_size
+    return spec if is_too_wide and not spec.is_limited else changed
 
 
 def _parameters(item: pytest.Item) -> Mapping[str, Any]:
@@ -302,7 +320,7 @@ def _ranks_need(spec: RankSpec) -> Need:
     """Return what the machine has to have for a spec."""
     from pytest_ranks.hardware.requirements import RanksNeed
 
-    return RanksNeed(world_size=spec.world_size, backend=spec.backend)
+    return RanksNeed(world_size=spec.world_size, backend=spec.backend, fidelity=spec.fidelity)
 
 
 def hardware(config: pytest.Config) -> Hardware:

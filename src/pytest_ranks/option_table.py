@@ -97,6 +97,12 @@ def _parse_require(text: str) -> tuple[Required, ...]:
     return parse_required(text)
 
 
+def _parse_fidelity(text: str) -> str:
+    from pytest_ranks.launch.fidelity.ladder import parse
+
+    return parse(text)
+
+
 def _parse_subject(text: str) -> str:
     if not re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", text):
         raise ValueError
@@ -139,6 +145,18 @@ TABLE = (
         expected="a whole number of at least 1",
         example="64",
         shown="64",
+    ),
+    Option(
+        name="fidelity",
+        help="How real the ranks are, for tests whose mark allows it; others run as marked",
+        default=None,
+        metavar="NAME",
+        ini="string",
+        env=True,
+        parse=_parse_fidelity,
+        expected="gloo or device",
+        example="gloo",
+        shown="what the mark says",
     ),
     Option(
         name="hardware_marks",

@@ -31,6 +31,7 @@ class Settings:
         timeout: seconds that a test on ranks may take once its ranks are ready.
         require: kinds of need whose tests have to run.
         max_world_size: the most ranks that one test may ask for.
+        fidelity: how real the ranks are, for tests whose mark allows it.
         hardware_marks: whether `gpu`, `multi_gpu`, `trainium` and `requires` are ours.
         subject: the training code that the conformance suites test.
         suite: suites or check ids to run; empty means all.
@@ -42,6 +43,7 @@ class Settings:
     timeout: float
     require: tuple[Required, ...]
     max_world_size: int
+    fidelity: str | None
     hardware_marks: bool
     subject: str | None
     suite: tuple[str, ...]

@@ -24,7 +24,11 @@ def test_a_mesh_multiplies_out_in_the_order_given():
 
 def test_the_signature_that_users_read_is_the_functions_own():
     names = list(inspect.signature(ranks).parameters)
-    assert names == ["world_size", "dp", "tp", "pp", "cp", "ep", "timeout", "backend", "isolate"]
+    assert names == [
+        "world_size",
+        *("dp", "tp", "pp", "cp", "ep"),
+        *("timeout", "backend", "isolate", "fidelity", "lowest_fidelity"),
+    ]
     assert all(name in SIGNATURE for name in names)
 
 
@@ -54,7 +58,8 @@ def test_the_signature_that_users_read_is_the_functions_own():
             (2,),
             {"timout": 3},
             "ranks(timout=...): unknown argument 'timout', expected one of 'dp', 'tp', 'pp', "
-            "'cp', 'ep', 'timeout', 'backend', 'isolate'. Did you mean 'timeout'?",
+            "'cp', 'ep', 'timeout', 'backend', 'isolate', 'fidelity', 'lowest_fidelity'. "
+            "Did you mean 'timeout'?",
         ),
     ],
 )

@@ -331,7 +331,7 @@ def test_a_test_that_cannot_be_repeated_says_so(pytester, test: str) -> None:
     result = pytester.runpytest()
     result.assert_outcomes(errors=1)
     message = (
-        "mark ranks: world sizes [1, 2], expected one: pytest can repeat neither methods of "
+        "mark ranks: ws=1, ws=2, expected one: pytest can repeat neither methods of "
         f"unittest.TestCase nor a test because of a mark on one of its parameters. {RANKS}"
     )
     assert any(line.endswith(message) for line in result.outlines)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_ranks.errors import BadInputError, did_you_mean
 from pytest_ranks.hardware.found import LABELS, Accelerator, Device, Hardware, State, counted
 from pytest_ranks.hardware.packages import has_module, installed_version
+from pytest_ranks.launch.fidelity.ladder import DEFAULT, HOSTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,16 +75,19 @@ class RanksNeed:
     Attributes:
         world_size: how many ranks.
         backend: the process group's backend.
+        fidelity: how real the ranks are.
     """
 
     world_size: int
     backend: str = "gloo"
+    fidelity: str = DEFAULT
     kind: str = "ranks"
 
     @property
     def label(self) -> str:
         """Return the row of the summary that this need belongs to."""
-        return f"ranks ws={self.world_size}"
+        shown = "" if self.fidelity in (DEFAULT, "device") else f" {self.fidelity}"
+        return f"ranks ws={self.world_size}{shown}"
 
 
 Need = DeviceNeed | PackageNeed | RanksNeed
@@ -117,9 +121,9 @@ def unmet(need: Need, *, hardware: Callable[[], Hardware] | None = None) -> str 
 
 
 def devices_found(need: Need, *, hardware: Callable[[], Hardware] | None = None) -> int:
-    """Return how many devices this machine has for a need (ranks: the world size; packages: 1)."""
+    """Return how many devices this machine has for a need (ranks: the processes; packages: 1)."""
     if isinstance(need, RanksNeed):
-        return need.world_size
+        return 1 if need.fidelity in HOSTED else need.world_size
     if isinstance(need, PackageNeed):
         return 1
     return _best(need, _found(hardware)).count

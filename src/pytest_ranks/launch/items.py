@@ -56,7 +56,10 @@ class RankItems:
         for item in items:
             spec = _spec_of(item)
             key = PoolKey(
-                world_size=spec.world_size, backend=spec.backend, scope=shared[item.nodeid]
+                world_size=spec.processes,
+                backend=spec.backend,
+                scope=shared[item.nodeid],
+                fidelity=spec.fidelity,
             )
             self._index[item.nodeid] = len(self._order)
             self._order.append((item.nodeid, key))
@@ -131,7 +134,10 @@ class RankItems:
             pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
         forward_warnings(self._config, done.runs)
         context = reports.Context(
-            timeout=request.seconds, notes=done.notes, explanations=done.explanations
+            timeout=request.seconds,
+            notes=done.notes,
+            explanations=done.explanations,
+            fidelity=request.spec.fidelity,
         )
         decided = reports.decide(item, done.runs, context)
         errors = self._service.settle(request, done, is_clean=decided.is_clean)

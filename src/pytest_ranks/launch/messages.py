@@ -119,6 +119,7 @@ class World:
     world_size: int
     backend: str = "gloo"
     mesh: tuple[tuple[str, int], ...] = ()
+    fidelity: str = "gloo"
     init: bool = True
     rank_variables: bool = True
     keep_group: bool = False

@@ -20,15 +20,17 @@ class PoolKey:
     """The shape of a pool.
 
     Attributes:
-        world_size: number of ranks.
+        world_size: number of rank processes.
         backend: of their process group.
         scope: which fixtures live on the ranks between tests, None where none does. Tests that
             share such fixtures share a pool, and its process group, with nobody else.
+        fidelity: how real the ranks are.
     """
 
     world_size: int
     backend: str
     scope: str | None = None
+    fidelity: str = "gloo"
 
 
 @dataclass(slots=True)

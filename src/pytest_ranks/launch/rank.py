@@ -53,6 +53,7 @@ class RankContext:
         local_rank: its number on this machine.
         world_size: number of ranks.
         backend: the process group's backend.
+        fidelity: how real the ranks are: "gloo", "device", or what the session chose.
         shared_tmp_path: a folder that is the same for all ranks of the test.
     """
 
@@ -60,6 +61,7 @@ class RankContext:
     local_rank: int
     world_size: int
     backend: str
+    fidelity: str
     shared_tmp_path: Path
     _dimensions: tuple[tuple[str, int], ...]
     _group: ProcessGroup
@@ -204,6 +206,7 @@ class Rank:
                 local_rank=world.local_rank,
                 world_size=world.world_size,
                 backend=world.backend,
+                fidelity=world.fidelity,
                 shared_tmp_path=Path(world.shared_tmp_path or os.curdir),
                 _dimensions=world.mesh,
                 _group=self._group,

@@ -85,12 +85,14 @@ class Context:
         explanations: what we found out about the failure, each a line or a block of lines; they
             stand right below the headline.
         expected_ends: rank -> how its process has to end.
+        fidelity: how real the ranks were.
     """
 
     timeout: float
     notes: Sequence[str] = ()
     explanations: Sequence[str] = ()
     expected_ends: Mapping[int, ExpectedEnd] = field(default_factory=dict)
+    fidelity: str = "gloo"
 
 
 def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutcome:
@@ -106,7 +108,7 @@ def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutc
     ]
     word = outcome.verdict(results)
     sections = _sections(results)
-    properties = _properties(results)
+    properties = [("fidelity", context.fidelity), *_properties(results)]
     if word in ("passed", "xpassed", "xfailed", "skipped", "strict_xpass"):
         telling = _telling(results)
         return ItemOutcome(
@@ -118,7 +120,7 @@ def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutc
             sections=sections,
             properties=properties,
         )
-    return _failed(item, runs, results, word, context, sections=sections)
+    return _failed(item, runs, results, word, context, sections=sections, properties=properties)
 
 
 def _telling(results: list[RankResult]) -> Phase | None:
@@ -136,19 +138,15 @@ def _failed(
     context: Context,
     *,
     sections: list[tuple[str, str]],
+    properties: list[tuple[str, object]],
 ) -> ItemOutcome:
-    world_size = len(runs)
     found = [
         failure
         for run, result in zip(runs, results, strict=True)
         if (failure := _failure(run, result, context)) is not None
     ]
     ordered = failures.in_order(found)
-    others_left = any(result.status in ("skipped", "xfailed") for result in results)
-    if word == "disagree" or (others_left and all(one.is_collateral for one in found)):
-        head = _disagreement(results, found)
-    else:
-        head = failures.headline(ordered, world_size=world_size, timeout=context.timeout)
+    head = _head(results, ordered, word, context)
     sections = [*sections, *_output_sections(ordered)]
     root = ordered[0] if ordered else None
     phase = _failed_phase(results[root.rank]) if root is not None else None
@@ -175,8 +173,18 @@ def _failed(
         text=head,
         longrepr=longrepr,
         sections=sections,
-        properties=_properties(results),
+        properties=properties,
     )
+
+
+def _head(results: list[RankResult], ordered: list[Failure], word: str, context: Context) -> str:
+    """Return the headline, which names a fidelity that is not the usual one."""
+    others_left = any(result.status in ("skipped", "xfailed") for result in results)
+    if word == "disagree" or (others_left and all(one.is_collateral for one in ordered)):
+        head = _disagreement(results, ordered)
+    else:
+        head = failures.headline(ordered, world_size=len(results), timeout=context.timeout)
+    return head if context.fidelity == "gloo" else f"fidelity {context.fidelity}: {head}"
 
 
 def _failure(run: RankRun, result: RankResult, context: Context) -> Failure | None:

@@ -162,6 +162,7 @@ class RankService:
                 world_size=spec.world_size,
                 backend=spec.backend,
                 mesh=spec.mesh,
+                fidelity=spec.fidelity,
                 keep_group=request.key.scope is not None and not is_alone(spec),
                 rendezvous=rendezvous,
                 shared_tmp_path=str(shared),

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_ranks.errors import BadInputError, did_you_mean
+from pytest_ranks.launch.fidelity import ladder
 
 BACKENDS = ("gloo", "nccl")
 DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, expert
 SIGNATURE = (
     "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
-    "cp=None, ep=None, timeout=None, backend=None, isolate=False)"
+    "cp=None, ep=None, timeout=None, backend=None, isolate=False, fidelity=None, "
+    "lowest_fidelity=None)"
 )
 
 
@@ -27,6 +29,8 @@ class RankSpec:
         backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
         timeout: seconds for the item after its ranks are ready, or None for the default.
         isolate: whether the item gets freshly forked ranks of its own.
+        fidelity: how real the ranks are: "gloo" (processes on CPU) or "device".
+        lowest_fidelity: the lowest fidelity that the test is valid on.
     """
 
     world_size: int
@@ -34,6 +38,18 @@ class RankSpec:
     backend: str = "gloo"
     timeout: float | None = None
     isolate: bool = False
+    fidelity: str = ladder.DEFAULT
+    lowest_fidelity: str = ladder.DEFAULT
+
+    @property
+    def processes(self) -> int:
+        """How many processes play the ranks."""
+        return 1 if self.fidelity in ladder.HOSTED else self.world_size
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether its ranks cost so much that the option `max_world_size` applies."""
+        return self.fidelity not in ladder.UNLIMITED
 
 
 def ranks(
@@ -43,6 +59,8 @@ def ranks(
     timeout: float | None = None,
     backend: str | None = None,
     isolate: bool = False,
+    fidelity: str | Sequence[str] | None = None,
+    lowest_fidelity: str | None = None,
     **mesh: int | None,
 ) -> tuple[RankSpec, ...]:
     """Return what the mark `ranks` with these arguments asks for, one spec for each world size.
@@ -52,6 +70,8 @@ def ranks(
         timeout: seconds for the test after its ranks are ready.
         backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
         isolate: give the test freshly forked ranks, kept by no other test.
+        fidelity: how real the ranks are, or several for one test item each.
+        lowest_fidelity: the lowest fidelity that the test is valid on.
         mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, `cp`, `ep`, in the order of the mesh.
 
     Raises:
@@ -59,8 +79,7 @@ def ranks(
     """
     dimensions = _mesh_dimensions(mesh)
     sizes = _world_sizes(world_size, dimensions)
-    chosen = "gloo" if backend is None else backend
-    if chosen not in BACKENDS:
+    if backend is not None and backend not in BACKENDS:
         raise BadInputError(
             f"ranks(backend={backend!r}): expected one of {', '.join(map(repr, BACKENDS))}."
             f"{did_you_mean(str(backend), BACKENDS)}"
@@ -69,9 +88,19 @@ def ranks(
         raise BadInputError(f"ranks(timeout={timeout!r}): expected a number of seconds above 0.")
     if not isinstance(isolate, bool):
         raise BadInputError(f"ranks(isolate={isolate!r}): expected True or False.")
+    levels = ladder.levels(fidelity, lowest_fidelity, backend)
     return tuple(
-        RankSpec(world_size=size, mesh=dimensions, backend=chosen, timeout=timeout, isolate=isolate)
+        RankSpec(
+            world_size=size,
+            mesh=dimensions,
+            backend=level.backend,
+            timeout=timeout,
+            isolate=isolate,
+            fidelity=level.fidelity,
+            lowest_fidelity=level.lowest,
+        )
         for size in sizes
+        for level in levels
     )
 
 
@@ -157,7 +186,7 @@ def check_environment(env: object) -> None:
 
 
 def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
-    known = (*DIMENSIONS, "timeout", "backend", "isolate")
+    known = (*DIMENSIONS, "timeout", "backend", "isolate", "fidelity", "lowest_fidelity")
     for name in mesh:
         if name not in DIMENSIONS:
             raise BadInputError(

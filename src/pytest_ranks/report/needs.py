@@ -160,7 +160,7 @@ def _place(label: str) -> tuple[int, int, str]:
     """Return where a label comes in the summary."""
     order = ("gpu", "multi_gpu", "trainium", "requires", "ranks")
     kind, _, size = label.partition(" ws=")
-    return order.index(kind), int(size or 0), label
+    return order.index(kind), int(size.partition(" ")[0] or 0), label
 
 
 def _skip_reason(report: pytest.TestReport) -> str:

@@ -1,0 +1,1 @@
+"""How real the ranks of a test are: one test body on threads, in one process, on real ranks."""

@@ -1,0 +1,132 @@
+"""Which fidelity a test runs on: the mark, the option, and what the report says of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_ranks.errors import BadInputError
+from pytest_ranks.launch.fidelity import ladder
+from pytest_ranks.launch.spec import RankSpec, ranks
+
+
+def test_a_mark_that_says_nothing_is_valid_on_gloo_only():
+    (spec,) = ranks(4)
+    assert (spec.fidelity, spec.lowest_fidelity, spec.processes) == ("gloo", "gloo", 4)
+    assert ladder.is_allowed(spec, "device")
+
+
+def test_a_backend_implies_its_fidelity_and_the_other_way_round():
+    (by_backend,) = ranks(2, backend="nccl")
+    (by_fidelity,) = ranks(2, fidelity="device")
+    assert by_backend == by_fidelity
+    assert by_fidelity == RankSpec(
+        world_size=2, backend="nccl", fidelity="device", lowest_fidelity="device"
+    )
+    assert not ladder.is_allowed(by_fidelity, "gloo")
+
+
+def test_the_lowest_fidelity_alone_lifts_the_default():
+    (spec,) = ranks(2, lowest_fidelity="device")
+    assert (spec.fidelity, spec.backend) == ("device", "nccl")
+
+
+def test_several_fidelities_are_one_spec_each_and_the_lowest_named_is_valid():
+    specs = ranks([1, 2], fidelity=["gloo", "device"])
+    assert [(one.world_size, one.fidelity) for one in specs] == [
+        *((1, "gloo"), (1, "device")),
+        *((2, "gloo"), (2, "device")),
+    ]
+    assert {one.lowest_fidelity for one in specs} == {"gloo"}
+
+
+NAMES = ", ".join(map(repr, ladder.FIDELITIES))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        (
+            {"fidelity": "glo"},
+            f"ranks(fidelity='glo'): expected one of {NAMES}. Did you mean 'gloo'?",
+        ),
+        ({"fidelity": 3}, f"ranks(fidelity=3): expected one of {NAMES}."),
+        ({"fidelity": []}, "ranks(fidelity=[]): expected at least one fidelity."),
+        (
+            {"fidelity": ["gloo", "gloo"]},
+            "ranks(fidelity=['gloo', 'gloo']): a fidelity is named twice.",
+        ),
+        (
+            {"lowest_fidelity": "devices"},
+            f"ranks(lowest_fidelity='devices'): expected one of {NAMES}. Did you mean 'device'?",
+        ),
+        (
+            {"fidelity": "gloo", "lowest_fidelity": "device"},
+            "ranks(fidelity='gloo', lowest_fidelity='device'): 'gloo' is lower than the lowest; "
+            f"the order is {', '.join(ladder.FIDELITIES)}.",
+        ),
+        (
+            {"fidelity": "gloo", "backend": "nccl"},
+            "ranks(fidelity='gloo', backend='nccl'): expected backend 'gloo' or none.",
+        ),
+        (
+            {"fidelity": "device", "backend": "gloo"},
+            "ranks(fidelity='device', backend='gloo'): expected backend 'nccl' or none.",
+        ),
+    ],
+)
+def test_bad_arguments_get_one_sentence(kwargs, text):
+    with pytest.raises(BadInputError) as caught:
+        ranks(2, **kwargs)
+    assert str(caught.value) == text
+
+
+CHOSEN = """
+import pytest
+
+@pytest.mark.ranks(2)
+def test_plain(rank):
+    assert rank.fidelity == "gloo"
+
+@pytest.mark.ranks(2)
+def test_fails(rank):
+    assert rank.index == 0
+
+@pytest.mark.ranks([1], fidelity=["gloo", "device"])
+def test_several(rank):
+    assert rank.fidelity == "gloo"
+"""
+
+
+@pytest.fixture(scope="module")
+def chosen(run_session):
+    return run_session({"test_it.py": CHOSEN})
+
+
+def test_every_report_names_its_fidelity(chosen):
+    for name in ("test_plain", "test_fails", "test_several[ws=1-gloo]"):
+        assert ["fidelity", "gloo"] in chosen.call(name).properties
+
+
+def test_a_fidelity_is_in_the_id_where_the_mark_lists_several(chosen):
+    assert chosen.call("test_several[ws=1-gloo]").outcome == "passed"
+    assert chosen.call("test_several[ws=1-device]").outcome in ("skipped", "passed", "failed")
+
+
+def test_usual_failures_say_nothing_of_fidelity(chosen):
+    assert "fidelity" not in chosen.call("test_fails").text
+
+
+def test_a_session_that_wants_devices_skips_without_them_and_keeps_listed_items(run_session):
+    found = run_session({"test_it.py": CHOSEN}, "--ranks-fidelity=device", "-k", "not fails")
+    assert "ranks: fidelity=device (from --ranks-fidelity)" in found.output
+    row = found.call("test_plain")
+    if row.outcome == "skipped":
+        assert "backend 'nccl': needs 2 CUDA or ROCm devices" in row.text
+    assert found.call("test_several[ws=1-gloo]").outcome == "passed"
+
+
+def test_a_bad_option_is_one_sentence(run_session):
+    found = run_session({"test_it.py": CHOSEN}, "--ranks-fidelity=glo")
+    assert found.returncode == 4
+    assert "--ranks-fidelity: found 'glo', expected " in found.output
+    assert "(no fidelity is called 'glo'. Did you mean 'gloo'?)" in found.output
