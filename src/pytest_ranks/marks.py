@@ -129,13 +129,15 @@ MARKS = (
         name="ranks",
         # Written out, so that a session without such a mark imports nothing of the engine.
         signature="(world_size=None, /, *, dp=None, tp=None, pp=None, cp=None, ep=None, "
-        "timeout=None, backend=None, isolate=False, fidelity=None, lowest_fidelity=None)",
+        "timeout=None, backend=None, isolate=False, fidelity=None, lowest_fidelity=None, "
+        "expect_deaths=None)",
         text="run the test on this many rank processes. world_size: a number, or several for one "
         "test item each; dp, tp, pp, cp, ep: sizes of a device mesh, in this order as written; a "
         "size may be the name of a parametrized argument of the test; timeout: "
         "seconds once the ranks are ready; backend: of the process group; isolate: fresh "
         "processes for this test alone; fidelity: how real the ranks are, or several for one test "
-        "item each; lowest_fidelity: the lowest that the test is valid on.",
+        "item each; lowest_fidelity: the lowest that the test is valid on; expect_deaths: rank -> "
+        "signal or exit code that has to end its process.",
         needs=None,
     ),
     Mark(

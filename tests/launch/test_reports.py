@@ -59,10 +59,10 @@ def test_explanations_stand_right_below_the_headline(request, passed, failed):
 
 def test_a_declared_death_that_did_not_happen_is_named(request, passed):
     runs = [RankRun(rank=rank, messages=[passed], done=True) for rank in (0, 1)]
-    ends = {1: ExpectedEnd(text="SIGKILL", statuses=frozenset({-9}))}
+    ends = {1: ExpectedEnd(text="die of SIGKILL", statuses=frozenset({-9}))}
     decided = reports.decide(request.node, runs, Context(timeout=1, expected_ends=ends))
     assert decided.verdict == "failed"
-    first = "rank 1 of 2 failed first: was declared to end by SIGKILL and did not"
+    first = "rank 1 was expected to die of SIGKILL, it passed"
     assert text_of(decided)[0] == first
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 
 import pytest
 
@@ -22,12 +23,17 @@ def test_a_mesh_multiplies_out_in_the_order_given():
     assert spec.mesh == (("tp", 2), ("dp", 3))
 
 
+def test_expected_deaths_are_kept_in_order_of_rank_by_name_or_code():
+    (spec,) = ranks(4, expect_deaths={2: signal.SIGSEGV, 0: 3, 1: "SIGKILL"})
+    assert spec.expect_deaths == ((0, 3), (1, "SIGKILL"), (2, "SIGSEGV"))
+
+
 def test_the_signature_that_users_read_is_the_functions_own():
     names = list(inspect.signature(ranks).parameters)
     assert names == [
         "world_size",
         *("dp", "tp", "pp", "cp", "ep"),
-        *("timeout", "backend", "isolate", "fidelity", "lowest_fidelity"),
+        *("timeout", "backend", "isolate", "fidelity", "lowest_fidelity", "expect_deaths"),
     ]
     assert all(name in SIGNATURE for name in names)
 
@@ -51,6 +57,42 @@ def test_the_signature_that_users_read_is_the_functions_own():
         ((2,), {"isolate": 1}, "ranks(isolate=1): expected True or False."),
         (
             (2,),
+            {"expect_deaths": "SIGKILL"},
+            "ranks(expect_deaths='SIGKILL'): expected signals or exit codes by rank, such as "
+            "{1: 'SIGKILL'} or {1: 3}.",
+        ),
+        (
+            (2,),
+            {"expect_deaths": {}},
+            "ranks(expect_deaths={}): expected signals or exit codes by rank, such as "
+            "{1: 'SIGKILL'} or {1: 3}.",
+        ),
+        (
+            ([4, 2],),
+            {"expect_deaths": {2: "SIGKILL"}},
+            "ranks(expect_deaths={2: 'SIGKILL'}): rank 2, expected one from 0 to 1, since the "
+            "world has 2.",
+        ),
+        (
+            (2,),
+            {"expect_deaths": {True: 3}},
+            "ranks(expect_deaths={True: 3}): rank True, expected one from 0 to 1, since the "
+            "world has 2.",
+        ),
+        (
+            (2,),
+            {"expect_deaths": {1: "SIGKIL"}},
+            "ranks(expect_deaths={1: 'SIGKIL'}): found 'SIGKIL', expected a signal, such as "
+            "'SIGKILL', or an exit code from 0 to 255. Did you mean 'SIGKILL'?",
+        ),
+        (
+            (2,),
+            {"expect_deaths": {1: 256}},
+            "ranks(expect_deaths={1: 256}): found 256, expected a signal, such as 'SIGKILL', or "
+            "an exit code from 0 to 255.",
+        ),
+        (
+            (2,),
             {"backend": "glo"},
             "ranks(backend='glo'): expected one of 'gloo', 'nccl'. Did you mean 'gloo'?",
         ),
@@ -58,8 +100,8 @@ def test_the_signature_that_users_read_is_the_functions_own():
             (2,),
             {"timout": 3},
             "ranks(timout=...): unknown argument 'timout', expected one of 'dp', 'tp', 'pp', "
-            "'cp', 'ep', 'timeout', 'backend', 'isolate', 'fidelity', 'lowest_fidelity'. "
-            "Did you mean 'timeout'?",
+            "'cp', 'ep', 'timeout', 'backend', 'isolate', 'fidelity', 'lowest_fidelity', "
+            "'expect_deaths'. Did you mean 'timeout'?",
         ),
     ],
 )

@@ -33,9 +33,10 @@ class Failure:
 
     Attributes:
         rank: its number.
-        kind: `raised`, `died`, `deadline` (still at work when the time was up), `abandoned`
-            (in a collective when the others had finished), `unready` (before the work could
-            start) or `stopped` (still at work after another rank had failed).
+        kind: `raised`, `died`, `alive` (its mark declares its death), `deadline` (still at work
+            when the time was up), `abandoned` (in a collective when the others had finished),
+            `unready` (before the work could start) or `stopped` (still at work after another
+            rank had failed).
         headline: one line.
         text: the traceback, or the stacks.
         at: CLOCK_MONOTONIC seconds.
@@ -195,6 +196,9 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
         return (
             f"{waited}, waiting for {ranks_text(_others(failures, world_size))} that had finished"
         )
+    if first.kind == "alive":
+        alive = [one for one in failures if one.kind == "alive"]
+        return "; ".join(f"rank {one.rank} {one.headline}" for one in alive)
     others = _what_others_did(failures[1:])
     verb = "failed first" if world_size > 1 else "failed"
     return f"rank {first.rank} of {world_size} {verb}{others}: {first.headline}"
@@ -226,6 +230,8 @@ def _what_others_did(others: Sequence[Failure]) -> str:
     parts = []
     stopped: dict[str, list[int]] = {}
     for one in others:
+        if one.kind == "alive":
+            continue  # it has a line of its own
         if one.kind == "stopped":
             place = one.where.collective or one.where.function if one.where else "unknown code"
             stopped.setdefault(f"stopped in {place}", []).append(one.rank)

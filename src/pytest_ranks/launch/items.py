@@ -15,7 +15,7 @@ import pytest
 
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, UnavailableError
-from pytest_ranks.launch import reports, scopes
+from pytest_ranks.launch import deaths, reports, scopes
 from pytest_ranks.launch.pools import Pool, PoolKey
 from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
 from pytest_ranks.launch.warned import forward_warnings
@@ -138,6 +138,7 @@ class RankItems:
             notes=done.notes,
             explanations=done.explanations,
             fidelity=request.spec.fidelity,
+            expected_ends=deaths.expected_ends(request.spec),
         )
         decided = reports.decide(item, done.runs, context)
         errors = self._service.settle(request, done, is_clean=decided.is_clean)

@@ -22,7 +22,7 @@ class ExpectedEnd:
     """How the process of a rank has to end, or the test fails.
 
     Attributes:
-        text: how the mark says it, such as `SIGKILL`.
+        text: what the mark declares, such as `die of SIGKILL`.
         statuses: exit codes and -signals that are meant.
     """
 
@@ -73,12 +73,13 @@ class RankResult:
                 if any(one.outcome == "failed" for one in self.phases)
                 else DIED_AS_EXPECTED
             )
-        told = self._told
+        told = self.own_word
         is_good = told not in ("crashed", "stopped", "timed_out", "error", "failed")
         return "survived" if self.expected == "lives" and is_good else told
 
     @property
-    def _told(self) -> str:
+    def own_word(self) -> str:
+        """What this rank's reports say, whatever end was declared for it."""
         if self.died or self.raised or self.missing:
             return "crashed"
         if self.timed_out:

@@ -17,9 +17,10 @@ from pytest_ranks.launch.processes import read_tail
 from pytest_ranks.launch.wire import ChannelClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pytest_ranks.launch.link import RankHandle, ZygoteLink
+    from pytest_ranks.launch.outcome import ExpectedEnd
 
 # Seconds that ranks have for their own end after one rank failed; its sockets are cut by then, so
 # that only a rank that is not in a collective, or a very loaded machine, needs more than milliseconds.
@@ -111,6 +112,7 @@ class Ranks:
         timeout: float,
         starts: bool = True,
         peers: Peers | None = None,
+        expected_ends: Mapping[int, ExpectedEnd] | None = None,
     ) -> tuple[list[RankRun], bool]:
         """Send one request to every rank and watch until each is done, dead or stopped.
 
@@ -121,6 +123,7 @@ class Ranks:
             timeout: seconds from the moment all ranks have started.
             starts: whether ranks say that they have; else the time runs from now.
             peers: ranks of the same run that are watched elsewhere.
+            expected_ends: rank -> how its process has to end; the others then have their time.
 
         Returns:
             What each rank did, and whether the deadline passed.
@@ -132,6 +135,7 @@ class Ranks:
         for handle in self._handles:
             os.ftruncate(handle.stacks, 0)
         watch = _Watch(self._link, self._handles, is_last, is_failure, timeout, peers)
+        watch.expected_ends = expected_ends or {}
         if not starts:
             watch.limit = time.monotonic() + timeout
         try:
@@ -191,6 +195,7 @@ class _Watch:
         self._timeout = timeout
         self._peers = peers
         self.limit = time.monotonic() + START_SECONDS
+        self.expected_ends: Mapping[int, ExpectedEnd] = {}
         self._started: set[int] = set()
         self._grace: float | None = None
         self._probe: float | None = None
@@ -229,6 +234,8 @@ class _Watch:
         """Return when to look at ranks that are left while others have finished."""
         have_peers_finished = self._peers is not None and self._peers.has_finished()
         if len(waiting) == len(self.runs) and not have_peers_finished:
+            return self.limit
+        if self.expected_ends:  # a survivor may well wait for its group's own timeout
             return self.limit
         if self._probe is None:
             self._probe = now + PROBE_SECONDS
@@ -334,8 +341,8 @@ class _Watch:
 
     def _bury(self, handle: RankHandle, run: RankRun) -> None:
         run.crashed, run.at = True, time.monotonic()
-        end = run.at + STATUS_SECONDS
-        while handle.status is None and time.monotonic() < end:
+        until = run.at + STATUS_SECONDS
+        while handle.status is None and time.monotonic() < until:
             poll = select.poll()
             poll.register(self._link.channel.fileno(), select.POLLIN)
             poll.poll(50)
@@ -343,7 +350,9 @@ class _Watch:
         run.status = handle.status
         run.stacks = read_tail(handle.stacks, 1 << 18)
         self._read_output(handle, run)
-        self._fail()
+        end = self.expected_ends.get(run.rank)
+        if end is None or not end.is_met(run.status):
+            self._fail()
 
     def _stop(self, waiting: list[RankRun], why: str) -> None:
         handles = [self._handles[run.rank] for run in waiting]

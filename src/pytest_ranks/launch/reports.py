@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
@@ -154,6 +155,11 @@ def _failed(
     if word == "error" and phase is not None and phase.when in ("setup", "teardown"):
         when = phase.when
     tail = [*failures.hints(ordered), *_others_lines(ordered[1:]), *failures.stacks(ordered)]
+    tail += [
+        f"rank {one.rank} was expected to {context.expected_ends[one.rank].text}, and did"
+        for one in results
+        if one.status == outcome.DIED_AS_EXPECTED
+    ]
     if word == "crashed":
         tail += context.notes
     if item.config.getoption("usepdb", False):
@@ -189,10 +195,11 @@ def _head(results: list[RankResult], ordered: list[Failure], word: str, context:
 
 def _failure(run: RankRun, result: RankResult, context: Context) -> Failure | None:
     status = result.status
-    if status == "survived":
-        declared = context.expected_ends[run.rank].text
-        headline = f"was declared to end by {declared} and did not"
-        return Failure(rank=run.rank, kind="raised", headline=headline, at=run.at)
+    expected = context.expected_ends.get(run.rank)
+    if status == "survived" and expected is not None:
+        headline = f"was expected to {expected.text}, it {result.own_word}"
+        # after what others failed of: that tells more
+        return Failure(rank=run.rank, kind="alive", headline=headline, at=math.inf)
     if status == outcome.DIED_AS_EXPECTED:
         return None
     output = (run.output + run.captured).strip()
@@ -222,7 +229,11 @@ def _failure(run: RankRun, result: RankResult, context: Context) -> Failure | No
         return Failure(rank=run.rank, kind="raised", headline=headline, at=run.at)
     if run.done:
         return None
-    return failures.of_unfinished(run, output=output)
+    failure = failures.of_unfinished(run, output=output)
+    if expected is not None and failure.kind == "died":
+        headline = f"{failure.headline}, it was expected to {expected.text}"
+        failure = replace(failure, headline=headline)
+    return failure
 
 
 def _failed_phase(result: RankResult) -> Phase | None:
@@ -282,7 +293,7 @@ def _others_lines(others: list[Failure]) -> list[str]:
             lines.append(failures.collateral_line(one))
         elif one.kind == "raised":
             lines.append(f"rank {one.rank} failed too: {one.headline}")
-        elif one.kind == "died":
+        elif one.kind in ("died", "alive"):
             lines.append(f"rank {one.rank} {one.headline}")
     return lines  # those at work when the time was up are in the headline
 

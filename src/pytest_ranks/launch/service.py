@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pytest_ranks import _compat
+from pytest_ranks.launch import deaths
 from pytest_ranks.launch.messages import (
     Finished,
     Phase,
@@ -177,7 +178,11 @@ class RankService:
 
         try:
             runs, _ = pool.ranks.run(
-                message, is_last=_is_last, is_failure=_is_failure, timeout=request.seconds
+                message,
+                is_last=_is_last,
+                is_failure=_is_failure,
+                timeout=request.seconds,
+                expected_ends=deaths.expected_ends(spec),
             )
         except BaseException:
             self._pools.kill(pool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, 
 SIGNATURE = (
     "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
     "cp=None, ep=None, timeout=None, backend=None, isolate=False, fidelity=None, "
-    "lowest_fidelity=None)"
+    "lowest_fidelity=None, expect_deaths=None)"
 )
 
 
@@ -31,6 +32,8 @@ class RankSpec:
         isolate: whether the item gets freshly forked ranks of its own.
         fidelity: how real the ranks are: "gloo" (processes on CPU) or "device".
         lowest_fidelity: the lowest fidelity that the test is valid on.
+        expect_deaths: ranks whose processes have to end, each with the name of the signal or the
+            exit code.
     """
 
     world_size: int
@@ -40,6 +43,7 @@ class RankSpec:
     isolate: bool = False
     fidelity: str = ladder.DEFAULT
     lowest_fidelity: str = ladder.DEFAULT
+    expect_deaths: tuple[tuple[int, str | int], ...] = ()
 
     @property
     def processes(self) -> int:
@@ -61,6 +65,7 @@ def ranks(
     isolate: bool = False,
     fidelity: str | Sequence[str] | None = None,
     lowest_fidelity: str | None = None,
+    expect_deaths: Mapping[int, str | int] | None = None,
     **mesh: int | None,
 ) -> tuple[RankSpec, ...]:
     """Return what the mark `ranks` with these arguments asks for, one spec for each world size.
@@ -72,6 +77,7 @@ def ranks(
         isolate: give the test freshly forked ranks, kept by no other test.
         fidelity: how real the ranks are, or several for one test item each.
         lowest_fidelity: the lowest fidelity that the test is valid on.
+        expect_deaths: rank -> signal, such as "SIGKILL", or exit code, that has to end its process.
         mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, `cp`, `ep`, in the order of the mesh.
 
     Raises:
@@ -89,6 +95,7 @@ def ranks(
     if not isinstance(isolate, bool):
         raise BadInputError(f"ranks(isolate={isolate!r}): expected True or False.")
     levels = ladder.levels(fidelity, lowest_fidelity, backend)
+    deaths = _deaths(expect_deaths, min(sizes))
     return tuple(
         RankSpec(
             world_size=size,
@@ -98,6 +105,7 @@ def ranks(
             isolate=isolate,
             fidelity=level.fidelity,
             lowest_fidelity=level.lowest,
+            expect_deaths=deaths,
         )
         for size in sizes
         for level in levels
@@ -186,7 +194,10 @@ def check_environment(env: object) -> None:
 
 
 def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
-    known = (*DIMENSIONS, "timeout", "backend", "isolate", "fidelity", "lowest_fidelity")
+    known = (
+        *DIMENSIONS,
+        *("timeout", "backend", "isolate", "fidelity", "lowest_fidelity", "expect_deaths"),
+    )
     for name in mesh:
         if name not in DIMENSIONS:
             raise BadInputError(
@@ -229,6 +240,38 @@ def _world_sizes(found: object, dimensions: tuple[tuple[str, int], ...]) -> tupl
                 f"the world size is {size}."
             )
     return sizes
+
+
+def _deaths(found: object, world_size: int) -> tuple[tuple[int, str | int], ...]:
+    """Return the deaths that a mark declares; `world_size` is the smallest that it asks for."""
+    if found is None:
+        return ()
+    if not isinstance(found, Mapping) or not found:
+        raise BadInputError(
+            f"ranks(expect_deaths={found!r}): expected signals or exit codes by rank, such as "
+            "{1: 'SIGKILL'} or {1: 3}."
+        )
+    for rank in found:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < world_size:
+            raise BadInputError(
+                f"ranks(expect_deaths={found!r}): rank {rank!r}, expected one from 0 to "
+                f"{world_size - 1}, since the world has {world_size}."
+            )
+    return tuple((rank, _death(found, end)) for rank, end in sorted(found.items()))
+
+
+def _death(found: object, end: object) -> str | int:
+    if isinstance(end, signal.Signals):
+        return end.name
+    if isinstance(end, str) and end in signal.Signals.__members__:
+        return end
+    if isinstance(end, int) and not isinstance(end, bool) and 0 <= end <= 255:
+        return end
+    hint = did_you_mean(end, signal.Signals.__members__) if isinstance(end, str) else ""
+    raise BadInputError(
+        f"ranks(expect_deaths={found!r}): found {end!r}, expected a signal, such as 'SIGKILL', or "
+        f"an exit code from 0 to 255.{hint}"
+    )
 
 
 def _is_count(value: object) -> bool:
