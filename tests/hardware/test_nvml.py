@@ -38,6 +38,20 @@ int nvmlDeviceGetMemoryInfo(void *handle, memory_t *memory) {
 int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) {
   if (second(handle)) return 3;
   *major = 9; *minor = 0; return 0; }
+typedef struct { unsigned pid; unsigned long long used; unsigned gi, ci; } process_t;
+int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, process_t *found) {
+  if (second(handle)) return 3;
+  if (*count < 2) return 7;
+  found[0].pid = 4711; found[0].used = 3145728; found[1].pid = 4712; found[1].used = -1ULL;
+  *count = 2; return 0; }
+"""
+HOLDERS = """
+import dataclasses, json
+from pytest_ranks.hardware.found import Device
+from pytest_ranks.hardware.holders import find_holders
+from pytest_ranks.hardware.machine import Machine
+found = find_holders("cuda", [Device(index=0), Device(index=1)], Machine())
+print(json.dumps({"all": [dataclasses.asdict(one) for one in found]}))
 """
 PROBE = """
 import dataclasses, json
@@ -58,13 +72,13 @@ def driver(tmp_path_factory) -> Path:
     return folder
 
 
-def look(driver: Path, **environ: str) -> tuple[dict, list[str]]:
+def look(driver: Path, program: str = PROBE, **environ: str) -> tuple[dict, list[str]]:
     environment = {
         name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"
     }
     environment |= {"LD_LIBRARY_PATH": str(driver), "PATH": "/nonexistent", **environ}
     result = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
     )
     *said, found = sorted(result.stdout.splitlines(), key=lambda line: line.startswith("{"))
     return json.loads(found), said
@@ -96,3 +110,12 @@ def test_a_library_without_its_driver_says_so(driver: Path) -> None:
     found, _ = look(driver, FAIL="1")
     assert found["how"].startswith("NVML: Driver Not Loaded; ")
     assert found["devices"] == []
+
+
+def test_the_library_names_who_holds_memory(driver: Path) -> None:
+    found, said = look(driver, HOLDERS)
+    assert [(one["device"], one["pid"], one["bytes"]) for one in found["all"]] == [
+        (0, 4711, 3145728),
+        (0, 4712, None),
+    ]
+    assert said == ["closed"]

@@ -219,3 +219,14 @@ def test_a_package_that_cannot_be_imported_is_found_all_the_same(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     assert unmet(parse_package("explosive_package.inner")) is None
     assert unmet(parse_package("explosive_package.other")) is not None
+
+
+def test_a_neuron_world_has_a_size_that_the_runtime_makes(machine) -> None:
+    machine.modules.add("torch_neuronx")
+    machine.file("/sys/devices/virtual/neuron_device/neuron0/core_count", 8)
+    need = RanksNeed(world_size=4, backend="neuron")
+    assert unmet(need, hardware=machine.look) == (
+        "backend 'neuron': needs a world of 4 Trainium cores, Neuron makes worlds of 1, 2, 8, 16 "
+        "and multiples of 32; the nearest are 2 and 8"
+    )
+    assert unmet(RanksNeed(world_size=8, backend="neuron"), hardware=machine.look) is None

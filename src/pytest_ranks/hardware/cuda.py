@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from pytest_ranks.hardware.found import Accelerator, Device, State, counted
 from pytest_ranks.hardware.visible import count_mig_instances, select_gpus
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from pytest_ranks.hardware.machine import Machine
 
 NVIDIA_VENDOR = "0x10de"
@@ -78,22 +81,50 @@ def _ask_nvml(machine: Machine) -> _Answer:
     import ctypes
 
     try:
+        with opened_nvml() as nvml:
+            count = ctypes.c_uint()
+            nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+            version = ctypes.create_string_buffer(80)
+            nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(80))
+            devices = [_nvml_device(nvml, index) for index in range(count.value)]
+    except NvmlError as error:
+        return _Answer(how=f"NVML: {error}", installed=error.installed)
+    return _listed("NVML", devices, version.value.decode())
+
+
+class NvmlError(Exception):
+    """The driver's management library cannot be used.
+
+    Attributes:
+        installed: whether the library is there.
+    """
+
+    def __init__(self, text: str, *, installed: bool) -> None:
+        super().__init__(text)
+        self.installed = installed
+
+
+@contextlib.contextmanager
+def opened_nvml() -> Generator[Any]:
+    """Open the driver's management library and close it again.
+
+    Raises:
+        NvmlError: it is absent, or its driver does not answer.
+    """
+    import ctypes
+
+    try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return _Answer(how="NVML: library absent", installed=False)
+        raise NvmlError("library absent", installed=False) from None
     nvml.nvmlErrorString.restype = ctypes.c_char_p
     status = nvml.nvmlInit_v2()
     if status != 0:
-        return _Answer(how=f"NVML: {nvml.nvmlErrorString(status).decode()}", installed=True)
+        raise NvmlError(nvml.nvmlErrorString(status).decode(), installed=True)
     try:
-        count = ctypes.c_uint()
-        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        version = ctypes.create_string_buffer(80)
-        nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(80))
-        devices = [_nvml_device(nvml, index) for index in range(count.value)]
+        yield nvml
     finally:
         nvml.nvmlShutdown()
-    return _listed("NVML", devices, version.value.decode())
 
 
 def _nvml_device(nvml: Any, index: int) -> Device:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_ranks.errors import BadInputError, did_you_mean
+from pytest_ranks.hardware.assignment import is_neuron_world, neuron_worlds_beside
 from pytest_ranks.hardware.found import LABELS, Accelerator, Device, Hardware, State, counted
 from pytest_ranks.hardware.packages import has_module, installed_version
 from pytest_ranks.launch.fidelity.ladder import DEFAULT, HOSTED
@@ -321,6 +322,12 @@ def _unmet_ranks(need: RanksNeed, hardware: Callable[[], Hardware] | None) -> st
         if backend in need.backend:
             devices = DeviceNeed(kind="ranks", count=need.world_size, among=among)
             reason = _unmet_devices(devices, _found(hardware))
+            if reason is None and backend == "neuron" and not is_neuron_world(need.world_size):
+                below, above = neuron_worlds_beside(need.world_size)
+                reason = (
+                    f"needs a world of {counted(need.world_size, 'Trainium core')}, Neuron makes "
+                    f"worlds of 1, 2, 8, 16 and multiples of 32; the nearest are {below} and {above}"
+                )
             return reason and f"backend {need.backend!r}: {reason}"
     return None
 
