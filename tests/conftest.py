@@ -16,6 +16,7 @@ SLOW = (
     "docs",
     "launch/test_host.py",
     "launch/test_items_*.py",
+    "launch/test_forty_three_rows.py",
     "launch/test_launch_fixture.py",
     "models/test_tiny_families.py",
     "models/test_tiny_models_page.py",
