@@ -72,6 +72,7 @@ RANK_MODULES = {
     "launch.group": "the process group that the rank joins",
     "launch.processes": "the signal that dumps its stacks",
     "launch.deadline": "the collective that a stack waits in",
+    "launch.coverage": "which lines the rank executes, for a controller that measures them",
 }
 
 

@@ -63,12 +63,17 @@ def dump_stacks(handles: Sequence[RankHandle]) -> list[str]:
     return [read_tail(handle.stacks, 1 << 18) for handle in handles]
 
 
-def terminate(handles: Sequence[RankHandle]) -> None:
-    """Ask ranks to end, then kill them with everything below them."""
+def terminate(handles: Sequence[RankHandle], *, seconds: float = TERMINATE_SECONDS) -> None:
+    """Ask ranks to end, then kill them with everything below them.
+
+    Args:
+        handles: the ranks.
+        seconds: to wait for those that do end when asked.
+    """
     for handle in handles:
         if handle.pidfd is not None:
             send_signal(handle.pidfd, signal.SIGTERM)
-    end = time.monotonic() + TERMINATE_SECONDS
+    end = time.monotonic() + seconds
     for handle in handles:
         if handle.pidfd is not None:
             has_ended(handle.pidfd, timeout=max(0.0, end - time.monotonic()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, UnavailableError
 from pytest_ranks.launch import failures
+from pytest_ranks.launch.coverage import SAVE_SECONDS, Harvest
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
 from pytest_ranks.launch.messages import Prepare, Raised, Rendezvous, Returned, RunFunction, World
@@ -53,8 +54,13 @@ class RankHost:
         self._closed = False
         environment = {**os.environ, **early_variables(), **(env or {})}
         self._link = ZygoteLink.start_fresh(environment)
+        self._harvest = Harvest()
+        measure = self._harvest.measure()
+        if measure is not None:
+            self._link.farewell = SAVE_SECONDS
         self._link.prepare(
             Prepare(
+                coverage=measure,
                 modules=tuple(preload),
                 sys_path=tuple(sys.path if sys_path is None else sys_path),
                 working_directory=os.getcwd(),
@@ -78,6 +84,8 @@ class RankHost:
         if not self._closed:
             self._closed = True
             self._link.close()
+            self._harvest.take_in()
+            self._harvest.close()
 
     def run(
         self,

@@ -18,6 +18,7 @@ from pytest_ranks.errors import RankFailure, UnavailableError
 from pytest_ranks.launch import deaths, reports, scopes
 from pytest_ranks.launch.pools import Pool, PoolKey
 from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
+from pytest_ranks.launch.start import harvest_of
 from pytest_ranks.launch.warned import forward_warnings
 
 if TYPE_CHECKING:
@@ -74,17 +75,21 @@ class RankItems:
             teardown=lambda: None,
         )
 
-    @pytest.hookimpl(wrapper=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self) -> Generator[None, object, object]:
         """After the last item run the teardowns that ranks still owe."""
+        harvest = harvest_of(self._config)
         try:
             result = yield
         except KeyboardInterrupt:
+            harvest.take_in()
             raise  # whoever pressed Ctrl-C does not want to wait
         except BaseException:
             self._tear_down_idle()
+            harvest.take_in()
             raise
         self._tear_down_idle()
+        harvest.take_in()
         return result
 
     @pytest.hookimpl(trylast=True)
@@ -92,6 +97,7 @@ class RankItems:
         """End everything, however the session ended."""
         if os.getpid() == self._owner:
             self._service.end()
+            harvest_of(self._config).close()
 
     # ---- one item
 

@@ -9,6 +9,19 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """How ranks measure coverage.
+
+    Attributes:
+        config: coverage's configuration, as it serialises that.
+        contexts: whether each phase of a test is a dynamic context.
+    """
+
+    config: str
+    contexts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
     """Import these modules before the first fork; what fails to import, the rank will meet."""
 
@@ -16,6 +29,7 @@ class Prepare:
     sys_path: tuple[str, ...] | None = None
     working_directory: str | None = None
     environment: dict[str, str] | None = None
+    coverage: Measure | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -367,7 +367,7 @@ class _Watch:
             run.stopped, run.at, run.stacks = why, time.monotonic(), dump
             run.where = deadline.find_where(dump, handle.main_thread)
             self._read_output(handle, run)
-        deadline.terminate(handles)
+        deadline.terminate(handles, seconds=self._link.farewell)
 
     def _read_output(self, handle: RankHandle, run: RankRun) -> None:
         run.output = read_tail(handle.output)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of, is_plumbing
 from pytest_ranks.launch.group import (
     ProcessGroup,
@@ -172,7 +173,9 @@ class Rank:
     def _answer(self, request: object) -> None:
         if isinstance(request, TearDown):
             assert self._items is not None
-            self._channel.send(self._items.tear_down())
+            torn_down = self._items.tear_down()
+            coverage.save()
+            self._channel.send(torn_down)
             return
         assert isinstance(request, RunFunction | RunItem)
         self._register_stacks()
@@ -182,12 +185,15 @@ class Rank:
         answer, _ = self._channel.receive()
         assert isinstance(answer, Go)
         if isinstance(request, RunFunction):
-            self._channel.send(Returned(value=self._call(request)))
+            value = self._call(request)
+            coverage.save()
+            self._channel.send(Returned(value=value))
             return
         assert self._items is not None
         finished = self._items.run(request, self._fail)
         if request.world.keep_group:
             finished = replace(finished, sequence=self._group.sequence())
+        coverage.save()
         # The group stays until the next run: a peer may still be in its last collective.
         self._channel.send(finished)
 
@@ -238,6 +244,8 @@ class Rank:
 
     def _fail(self, message: object) -> None:
         """Send a failure before anything else happens, then let the peers go."""
+        if isinstance(message, Raised):  # the last thing that this rank says
+            coverage.save()
         self._channel.send(message)
         if not self._cut:
             self._cut = True

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from pytest_ranks import _compat
+from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.hygiene import Baseline
 from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
@@ -154,6 +155,21 @@ class RankSession:
         """Run the item without reporting it: no reruns, no log hooks; wrappers stay in force."""
         _compat.run_protocol(item, nextitem)
         return True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Name the context of covered lines, as pytest-cov does."""
+        coverage.enter(f"{item.nodeid}|setup")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Name the context of covered lines."""
+        coverage.enter(f"{item.nodeid}|run")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        """Name the context of covered lines."""
+        coverage.enter(f"{item.nodeid}|teardown")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(

@@ -6,6 +6,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
+from pytest_ranks.launch.coverage import SAVE_SECONDS, Harvest
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
 from pytest_ranks.launch.messages import Configure, Prepare
@@ -14,9 +17,9 @@ from pytest_ranks.launch.processes import native_threads
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    import pytest
-
     from pytest_ranks.launch.wire import Channel
+
+HARVEST_KEY = pytest.StashKey[Harvest]()
 
 
 def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
@@ -45,8 +48,19 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
         link = ZygoteLink.start_fresh({**os.environ, **early_variables()}, "--pytest")
         shown = (1, 2) if session.config.option.capture == "no" else ()
         link.prepare(_configuration(session.config), shown)
-    link.prepare(Prepare(modules=("torch",)))
+    measure = harvest_of(session.config).measure()
+    if measure is not None:
+        link.farewell = SAVE_SECONDS
+    link.prepare(Prepare(modules=("torch",), coverage=measure))
     return link
+
+
+def harvest_of(config: pytest.Config) -> Harvest:
+    """Return the coverage of this session's ranks."""
+    if HARVEST_KEY not in config.stash:
+        contexts = getattr(config.option, "cov_context", None) == "test"
+        config.stash[HARVEST_KEY] = Harvest(contexts=contexts)
+    return config.stash[HARVEST_KEY]
 
 
 def _configuration(config: pytest.Config) -> Configure:

@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
+from pytest_ranks.launch import coverage
 from pytest_ranks.launch.group import (
     LOOPBACK,
     early_variables,
@@ -44,6 +45,7 @@ from pytest_ranks.launch.wire import Channel, ChannelClosed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_ranks.launch.messages import Measure
 
 GUARDIAN_SECONDS = 2.0  # what a zygote has to see for itself that its controller is gone
 
@@ -86,6 +88,7 @@ class Zygote:
         self._log = ends.log
         self._collect = collect
         self._items = items
+        self._coverage: Measure | None = None
         self._ranks: dict[int, tuple[int, int]] = {}  # pidfd -> (pid, label)
         self._helpers = set(children(os.getpid()))  # pids of the guardian and the stores
 
@@ -126,6 +129,7 @@ class Zygote:
 
     def _answer(self, message: object, descriptors: tuple[int, ...]) -> None:
         if isinstance(message, Prepare):
+            self._coverage = message.coverage
             _prepare(message)
         elif isinstance(message, Collect):
             assert self._collect is not None
@@ -162,6 +166,7 @@ class Zygote:
                 for stream in (sys.stdout, sys.stderr):
                     if isinstance(stream, io.TextIOWrapper):  # so that a killed rank's lines stay
                         stream.reconfigure(line_buffering=True)
+            coverage.start(self._coverage)
             Rank(Channel.from_fd(channel), output, stacks, self._items).serve()
         finally:
             os._exit(70)  # EX_SOFTWARE
@@ -204,6 +209,7 @@ class Zygote:
 
 
 def _prepare(request: Prepare) -> None:
+    coverage.stop_inherited()
     if request.environment is not None:
         os.environ.update(request.environment)
     if request.working_directory is not None:
