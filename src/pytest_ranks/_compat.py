@@ -87,6 +87,16 @@ def run_protocol(item: pytest.Item, following: pytest.Item | None) -> None:
     runtestprotocol(item, log=False, nextitem=following)
 
 
+def session_end_of(error: BaseException) -> tuple[str, int | None] | None:
+    """Return message and status of a `pytest.exit`, None for anything else.
+
+    By name (`_pytest.outcomes.Exit`), because a rank that runs a function has no pytest to ask.
+    """
+    if type(error).__qualname__ != "Exit" or type(error).__module__ != "_pytest.outcomes":
+        return None
+    return str(getattr(error, "msg", "")), getattr(error, "returncode", None)
+
+
 def is_set_up_for(session: pytest.Session, item: pytest.Item) -> bool:
     """Return whether the live fixture scopes all belong to an item."""
     stack = list(session._setupstate.stack)

@@ -248,7 +248,8 @@ def test_the_next_test_runs(session, name):
         ),
         (
             "test_a_fixture_that_does_not_exist",
-            r"rank \d of 2 failed first \(rank \d failed too\): fixture 'nosuch' not found",
+            r"rank \d of 2 failed first \(rank \d failed the same way\): "
+            r"fixture 'nosuch' not found",
         ),
         (
             "test_setup_error_on_one",

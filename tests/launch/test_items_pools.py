@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("torch")
@@ -216,8 +218,18 @@ def test_all_but_the_failing_ones_pass(session):
     bad = [(row.id, row.when) for row in session.rows if row.outcome != "passed"]
     assert bad == [
         ("test_first.py::test_fails", "call"),
+        ("test_second.py::test_leaves_its_kept_group_uneven", "teardown"),
         ("test_second.py::test_wide_teardown", "teardown"),
     ], session.output
+
+
+def test_a_wide_teardown_that_hangs_after_an_uneven_test_is_its_error(session):
+    text = session.call("test_leaves_its_kept_group_uneven").text
+    assert re.search(
+        r"^teardown of wider fixtures failed: not over after 5 s: rank \d was in barrier, "
+        r"called from model \(test_second.py:\d+\)",
+        text,
+    ), text
 
 
 def test_ranks_are_kept_between_tests_and_files(session):

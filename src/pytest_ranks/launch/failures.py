@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_ranks.launch import deadline
+from pytest_ranks.launch.folding import fold, likeness, ranks_text
 from pytest_ranks.launch.messages import Raised
 from pytest_ranks.launch.processes import describe_end
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # Seconds for fork, imports, collection and rendezvous, before the deadline of the work starts.
 START_SECONDS = 300.0
+
+# Seconds that a loaded controller may need to see that a process has ended.
+SEEN_LATE = 1.0
 
 # What gloo and the store say on a rank whose peer went away (gloo/transport/tcp/pair.cc,
 # torch/csrc/distributed/c10d/TCPStore.cpp); the rank that says it is not the cause.
@@ -43,6 +47,10 @@ class Failure:
         output: the end of what the rank wrote.
         where: where its main thread was, if it was stopped.
         place: the collective that an exception came out of, if it did.
+        phase: setup, call or teardown, where a report tells.
+        line: `file:line` of the user's code, where it is known.
+        felt_peer: whether the exception was raised over one that says that a peer went away.
+        follows: whether the same rank had failed already.
     """
 
     rank: int
@@ -53,11 +61,28 @@ class Failure:
     output: str = ""
     where: deadline.Where | None = None
     place: str = ""
+    phase: str = ""
+    line: str = ""
+    felt_peer: bool = False
+    follows: bool = False
 
     @property
     def is_collateral(self) -> bool:
         """Whether this is what happens to a rank when another one goes away."""
-        return self.kind == "stopped" or (self.kind == "raised" and says_peer_went(self.headline))
+        is_felt = self.felt_peer or says_peer_went(self.headline)
+        return self.kind == "stopped" or (self.kind == "raised" and is_felt)
+
+    @property
+    def cause_at(self) -> float:
+        """When it happened, at the latest: we see a death after peers may have felt it."""
+        is_first_sign = self.kind == "died" and not self.follows
+        return self.at - SEEN_LATE if is_first_sign else self.at
+
+    def is_like(self, other: Failure) -> bool:
+        """Whether another rank failed in the same way at the same place."""
+        return self.kind == other.kind and likeness(self.headline + self.text) == likeness(
+            other.headline + other.text
+        )
 
 
 def says_peer_went(text: str) -> bool:
@@ -82,17 +107,18 @@ def hints(failures: Sequence[Failure]) -> list[str]:
 
 def stacks(failures: Sequence[Failure]) -> list[str]:
     """Return the stacks of ranks that were stopped or died, equal ones once."""
-    found: dict[str, list[int]] = {}
-    for one in failures:
-        if one.kind != "raised" and one.text:
-            found.setdefault(one.text, []).append(one.rank)
-    return [f"\nstacks of {ranks_text(numbers)}:\n{text}" for text, numbers in found.items()]
+    found = fold((one.rank, one.text) for one in failures if one.kind != "raised" and one.text)
+    return [f"\nstacks of {ranks_text(numbers)}:\n{text}" for numbers, text in found]
 
 
-def collateral_line(failure: Failure) -> str:
-    """Return one line about a rank that only felt another one's failure."""
-    said = failure.headline.split(" This is typically caused by")[0]
-    return f"collateral: rank {failure.rank} {said}"
+def collateral_lines(failures: Sequence[Failure]) -> list[str]:
+    """Return one line about the ranks that only felt another one's failure, equal ones once."""
+    texts = [
+        (one.rank, one.headline.split(" This is typically caused by")[0])
+        for one in failures
+        if one.is_collateral
+    ]
+    return [f"collateral: {ranks_text(numbers)} {text}" for numbers, text in fold(texts)]
 
 
 def of_raised(run: RankRun, raised: Raised, *, output: str) -> Failure:
@@ -119,8 +145,14 @@ def of_function(run: RankRun) -> Failure | None:
     return of_unfinished(run, output=output)
 
 
-def of_unfinished(run: RankRun, *, output: str) -> Failure:
-    """Return how a rank failed that never said it was done."""
+def of_unfinished(run: RankRun, *, output: str, follows: bool = False) -> Failure:
+    """Return how a rank failed that never said it was done.
+
+    Args:
+        run: what the rank did.
+        output: the end of what it wrote.
+        follows: whether it had reported a failure before.
+    """
     if run.crashed:
         return Failure(
             rank=run.rank,
@@ -129,6 +161,7 @@ def of_unfinished(run: RankRun, *, output: str) -> Failure:
             text=deadline.trim(run.stacks),
             at=run.at,
             output=output,
+            follows=follows,
         )
     kind = "stopped" if run.stopped == "collateral" else run.stopped
     place = str(run.where) if run.where is not None else "a place that its stacks do not show"
@@ -144,12 +177,8 @@ def of_unfinished(run: RankRun, *, output: str) -> Failure:
 
 
 def in_order(failures: Sequence[Failure]) -> list[Failure]:
-    """Return failures with the root cause first: true ones by time, then collateral ones.
-
-    A death comes before an exception: the time of a death is when we saw it, which may be after
-    a peer felt it.
-    """
-    return sorted(failures, key=lambda one: (one.is_collateral, one.kind != "died", one.at))
+    """Return failures with the root cause first: true ones by time, then collateral ones."""
+    return sorted(failures, key=lambda one: (one.is_collateral, one.cause_at))
 
 
 def describe(failures: Sequence[Failure], *, world_size: int, timeout: float) -> str:
@@ -159,10 +188,12 @@ def describe(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
     if first.kind == "raised":
         lines += ["", f"traceback of rank {first.rank}:", first.text.rstrip()]
     lines += _output(first)
+    for line in collateral_lines(rest):
+        lines += ["", line]
     for other in rest:
-        if other.is_collateral:
-            lines += ["", collateral_line(other)]
-        elif other.kind == "raised":
+        if other.is_collateral or other.is_like(first):
+            continue
+        if other.kind == "raised":
             lines += ["", f"rank {other.rank} failed too:", other.text.rstrip(), *_output(other)]
         else:
             lines += _output(other)
@@ -187,8 +218,8 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
     if first.kind == "deadline":
         late = [one for one in failures if one.kind == "deadline"]
         places = "; ".join(_join_places(late))
-        done = world_size - len(failures)
-        others = f"; {ranks_text(_others(failures, world_size))} had finished" if done else ""
+        done = _others(failures, world_size)
+        others = f"; {ranks_text(done)} had finished" if done else ""
         return f"timed out after {timeout:g} s: {places}{others}"
     if first.kind == "abandoned":
         left = [one for one in failures if one.kind == "abandoned"]
@@ -199,17 +230,9 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
     if first.kind == "alive":
         alive = [one for one in failures if one.kind == "alive"]
         return "; ".join(f"rank {one.rank} {one.headline}" for one in alive)
-    others = _what_others_did(failures[1:])
+    others = _what_others_did(first, [one for one in failures[1:] if one.kind != "alive"])
     verb = "failed first" if world_size > 1 else "failed"
     return f"rank {first.rank} of {world_size} {verb}{others}: {first.headline}"
-
-
-def ranks_text(numbers: Sequence[int]) -> str:
-    """Return `rank 2` or `ranks 0, 2 and 3`."""
-    names = [str(number) for number in sorted(numbers)]
-    if len(names) == 1:
-        return f"rank {names[0]}"
-    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _others(failures: Sequence[Failure], world_size: int) -> list[int]:
@@ -226,22 +249,23 @@ def _join_places(late: Sequence[Failure]) -> list[str]:
     ]
 
 
-def _what_others_did(others: Sequence[Failure]) -> str:
+def _what_others_did(first: Failure, others: Sequence[Failure]) -> str:
     parts = []
-    stopped: dict[str, list[int]] = {}
-    for one in others:
-        if one.kind == "alive":
-            continue  # it has a line of its own
-        if one.kind == "stopped":
-            place = one.where.collective or one.where.function if one.where else "unknown code"
-            stopped.setdefault(f"stopped in {place}", []).append(one.rank)
-        elif one.is_collateral:
-            cut = f"cut off in {one.place}" if one.place else "cut off by that"
-            stopped.setdefault(cut, []).append(one.rank)
-        else:
-            what = "died too" if one.kind == "died" else "failed too"
-            stopped.setdefault(what, []).append(one.rank)
-    for what, numbers in stopped.items():
-        was = "" if what.endswith("too") else "was " if len(numbers) == 1 else "were "
-        parts.append(f"{ranks_text(numbers)} {was}{what}")
+    for numbers, what in fold((one.rank, _fate(first, one)) for one in others):
+        was = "was " if len(numbers) == 1 else "were "
+        parts.append(f"{ranks_text(numbers)} {was if what.startswith(_PASSIVE) else ''}{what}")
     return f" ({'; '.join(parts)})" if parts else ""
+
+
+_PASSIVE = ("stopped", "cut off")
+
+
+def _fate(first: Failure, other: Failure) -> str:
+    if other.kind == "stopped":
+        place = other.where.collective or other.where.function if other.where else "unknown code"
+        return f"stopped in {place}"
+    if other.is_collateral:
+        return f"cut off in {other.place}" if other.place else "cut off by that"
+    if other.kind == "raised" and other.is_like(first):
+        return "failed the same way"
+    return "died too" if other.kind == "died" else "failed too"

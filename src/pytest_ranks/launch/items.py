@@ -1,14 +1,15 @@
 """Test items on ranks, seen from the controller: a pytest plugin registered when needed.
 
-An item with the mark `ranks` stays an ordinary item here: its protocol, reruns and durations are
-pytest's. Its setup is empty, its `runtest` runs it on the ranks, and a wrapper around
-`pytest_runtest_makereport` puts their outcome in the place of ours.
+An item with the mark `ranks` stays an ordinary item here: its protocol and reruns are pytest's.
+Its setup runs all of it on the ranks, setup, call and teardown; a wrapper around
+`pytest_runtest_makereport` then puts what they made of each phase in the place of ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,6 +44,7 @@ class RankItems:
         self._index: dict[str, int] = {}
         self._next: pytest.Item | None = None
         self._early: Pool | None = None
+        self._session_end: tuple[str, int | None] | None = None
         self._owner = os.getpid()
 
     # ---- life
@@ -70,9 +72,9 @@ class RankItems:
 
     def _empty(self, item: pytest.Item) -> None:
         vars(item).update(
-            setup=lambda: None,
-            runtest=lambda: self._run(item),
-            teardown=lambda: None,
+            setup=lambda: self._set_up(item),
+            runtest=lambda: _raise(item, "call"),
+            teardown=lambda: None,  # its report is written over; pytest would fold what is raised
         )
 
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -111,29 +113,29 @@ class RankItems:
             with contextlib.suppress(UnavailableError):  # the item meets it again
                 self._early = self._service.take(_spec_of(item), self._key_of(item))
         try:
-            return (yield)
+            result = yield
         finally:
             if self._early is not None:  # the item did not run
                 self._service.give_back(self._key_of(item), self._early)
             self._early = None
+        if self._session_end is not None:
+            text, status = self._session_end
+            pytest.exit(text, returncode=status)
+        return result
 
-    def _run(self, item: pytest.Item) -> None:
-        """Stand in for the item's `runtest`."""
+    def _set_up(self, item: pytest.Item) -> None:
+        """Stand in for the item's setup: run all of it, since its report comes first."""
         __tracebackhide__ = True
         decided = self._on_ranks(item)
         item.stash[OUTCOME_KEY] = decided
-        if decided.when == "teardown" or decided.verdict in ("passed", "xpassed"):
-            return
-        if decided.verdict == "skipped":
-            pytest.skip(decided.text)
-        if decided.verdict == "xfailed":
-            pytest.xfail(decided.was_xfail or "")
-        raise RankFailure(decided.text, rank=0, world_size=0)
+        self._session_end = decided.session_end
+        _raise(item, "setup")
 
     def _on_ranks(self, item: pytest.Item) -> ItemOutcome:
         request = self._request(item)
         try:
             pool, self._early = self._early or self._service.take(request.spec, request.key), None
+            start = time.monotonic()
             done = self._service.run(request, pool)
         except UnavailableError as error:
             self._service.recover()
@@ -141,6 +143,7 @@ class RankItems:
         forward_warnings(self._config, done.runs)
         context = reports.Context(
             timeout=request.seconds,
+            seconds=time.monotonic() - start,
             notes=done.notes,
             explanations=done.explanations,
             fidelity=request.spec.fidelity,
@@ -148,7 +151,8 @@ class RankItems:
         )
         decided = reports.decide(item, done.runs, context)
         errors = self._service.settle(request, done, is_clean=decided.is_clean)
-        decided.sections.extend(("Teardown of wide fixtures", error) for error in errors)
+        if errors:
+            decided.fail_teardown(item, errors)
         return decided
 
     def _request(self, item: pytest.Item) -> ItemRequest:
@@ -209,12 +213,24 @@ class RankItems:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Put the ranks' outcome in the place of the controller's."""
         report = yield
-        if call.when == "setup" and OUTCOME_KEY in item.stash:
-            del item.stash[OUTCOME_KEY]  # of the run that a rerun repeats
         decided = item.stash.get(OUTCOME_KEY, None)
-        if decided is not None and call.when in ("call", "teardown"):
+        if decided is not None:
             decided.place(report)
+            if call.when == "teardown":
+                del item.stash[OUTCOME_KEY]  # a rerun may be skipped before it comes to its ranks
         return report
+
+
+def _raise(item: pytest.Item, when: str) -> None:
+    """Raise what the ranks made of a phase, for those who look at the call and not at the report."""
+    __tracebackhide__ = True
+    found = item.stash[OUTCOME_KEY].of(when)
+    if found.outcome == "failed":
+        raise RankFailure(found.text, rank=0, world_size=0)
+    if found.outcome == "skipped":
+        if found.was_xfail is not None:
+            pytest.xfail(found.was_xfail)
+        pytest.skip(found.text)
 
 
 def _spec_of(item: pytest.Item) -> RankSpec:

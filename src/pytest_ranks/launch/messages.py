@@ -236,12 +236,14 @@ class Raised:
         traceback: the text of it.
         at: CLOCK_MONOTONIC in seconds.
         place: the collective that it came out of, if it did.
+        session_end: message and status of a `pytest.exit`, None for anything else.
     """
 
     headline: str
     traceback: str
     at: float
     place: str = ""
+    session_end: tuple[str, int | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

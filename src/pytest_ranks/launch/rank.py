@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pytest_ranks import _compat
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of, is_plumbing
@@ -277,7 +278,14 @@ def raised(error: BaseException) -> Raised:
         headline = "".join(traceback.format_exception_only(type(error), error)).strip()
     except Exception:  # an exception whose __str__ raises
         lines, headline = traceback.format_tb(error.__traceback__), type(error).__qualname__
-    return Raised(headline=headline, traceback="".join(lines), at=at, place=collective_of(error))
+    end = _compat.session_end_of(error)
+    return Raised(
+        headline=headline if end is None else f"called pytest.exit: {end[0]}",
+        traceback="".join(lines),
+        at=at,
+        place=collective_of(error),
+        session_end=end,
+    )
 
 
 def _load(request: RunFunction) -> Any:

@@ -1,79 +1,32 @@
-"""What the controller reports for an item that ran on ranks."""
+"""What the controller reports for an item that ran on ranks, phase by phase."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
-from pytest_ranks.launch import failures, outcome
-from pytest_ranks.launch.failures import Failure
-from pytest_ranks.launch.messages import Finished, Phase, Raised
+from pytest_ranks.launch import failures, outcome, sections
+from pytest_ranks.launch.folding import fold, ranks_text
+from pytest_ranks.launch.item_failures import failures_of
+from pytest_ranks.launch.messages import Raised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import pytest
 
+    from pytest_ranks.launch.failures import Failure
+    from pytest_ranks.launch.messages import Phase
     from pytest_ranks.launch.outcome import ExpectedEnd, RankResult
     from pytest_ranks.launch.pool import RankRun
 
-
+AGREED = ("passed", "xpassed", "xfailed", "skipped", "strict_xpass")
 NO_PDB = (
     "note: --pdb cannot stop inside a rank, which is a process of its own; its prompt is in the "
     "process that waits for the ranks"
 )
-
-
-@dataclass(slots=True, kw_only=True)
-class ItemOutcome:
-    """The one outcome of an item that ran on N ranks.
-
-    Attributes:
-        verdict: see `outcome.verdict`.
-        when: the phase that the outcome belongs to; teardown errors follow a passed call.
-        text: one line.
-        longrepr: what pytest prints, None where there is nothing.
-        was_xfail: the reason of an expected failure or unexpected pass.
-        sections: captured output of the ranks.
-        properties: recorded with `record_property`.
-    """
-
-    verdict: str
-    when: str = "call"
-    text: str = ""
-    longrepr: Any = None
-    was_xfail: str | None = None
-    sections: list[tuple[str, str]] = field(default_factory=list)
-    properties: list[tuple[str, object]] = field(default_factory=list)
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether the ranks may serve another test."""
-        return self.verdict in ("passed", "skipped", "xfailed", "xpassed", "strict_xpass")
-
-    def place(self, report: pytest.TestReport) -> None:
-        """Write this outcome over a report of the controller's."""
-        is_its_phase = report.when == self.when or (report.when == "call" and self.when == "setup")
-        if report.when == "call":
-            report.sections = [*self.sections]
-            report.user_properties.extend(self.properties)
-        if not is_its_phase:
-            return
-        report.when = self.when  # type: ignore[assignment]
-        report.longrepr = self.longrepr
-        if self.was_xfail is not None:
-            report.wasxfail = self.was_xfail
-        elif hasattr(report, "wasxfail"):
-            del report.wasxfail
-        words = {
-            "passed": "passed",
-            "xpassed": "passed",
-            "skipped": "skipped",
-            "xfailed": "skipped",
-        }
-        report.outcome = words.get(self.verdict, "failed")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +35,7 @@ class Context:
 
     Attributes:
         timeout: the deadline, in seconds.
+        seconds: how long the run took, from its request to its last message.
         notes: on how the ranks were started, where that may matter to a death.
         explanations: what we found out about the failure, each a line or a block of lines; they
             stand right below the headline.
@@ -90,10 +44,91 @@ class Context:
     """
 
     timeout: float
+    seconds: float = 0.0
     notes: Sequence[str] = ()
     explanations: Sequence[str] = ()
     expected_ends: Mapping[int, ExpectedEnd] = field(default_factory=dict)
     fidelity: str = "gloo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseOutcome:
+    """What is reported for one phase of an item.
+
+    Attributes:
+        outcome: passed, failed or skipped.
+        text: one line.
+        longrepr: what pytest prints, None where there is nothing.
+        was_xfail: the reason of an expected failure or unexpected pass.
+    """
+
+    outcome: str = "passed"
+    text: str = ""
+    longrepr: Any = None
+    was_xfail: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class ItemOutcome:
+    """The one outcome of an item that ran on N ranks.
+
+    Attributes:
+        verdict: see `outcome.verdict`.
+        when: the phase that the verdict belongs to.
+        phases: what is reported for each phase that is not simply passed.
+        seconds: for each phase, the time of the slowest rank.
+        failures: what failed, root cause first, one for each rank.
+        sections: captured output of the ranks.
+        properties: recorded with `record_property`.
+        session_end: message and status of a `pytest.exit` that was the root cause.
+    """
+
+    verdict: str
+    when: str = "call"
+    phases: dict[str, PhaseOutcome] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    failures: Sequence[Failure] = ()
+    sections: list[tuple[str, str]] = field(default_factory=list)
+    properties: list[tuple[str, object]] = field(default_factory=list)
+    session_end: tuple[str, int | None] | None = None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the ranks may serve another test."""
+        return self.verdict in AGREED
+
+    @property
+    def text(self) -> str:
+        """The verdict in one line, empty for a pass."""
+        return self.of(self.when).text
+
+    def of(self, when: str) -> PhaseOutcome:
+        """Return what is reported for a phase."""
+        return self.phases.get(when) or PhaseOutcome()
+
+    def place(self, report: pytest.TestReport) -> None:
+        """Write this outcome over a report of the controller's."""
+        found = self.of(report.when)
+        report.outcome = found.outcome  # type: ignore[assignment]
+        report.longrepr = found.longrepr
+        report.duration = self.seconds.get(report.when, 0.0)
+        report.sections = sections.until(report.when, self.sections)
+        report.user_properties.extend(self.properties)
+        if found.was_xfail is not None:
+            report.wasxfail = found.was_xfail
+        elif hasattr(report, "wasxfail"):
+            del report.wasxfail
+
+    def fail_teardown(self, item: pytest.Item, errors: Sequence[str]) -> None:
+        """Report what the teardowns of wider fixtures raised, after this test failed."""
+        text = f"teardown of wider fixtures failed: {errors[0].splitlines()[0]}"
+        if self.of("teardown").outcome == "failed":
+            self.sections.extend(("Teardown of wider fixtures", error) for error in errors)
+            return
+        longrepr = _compat.make_longrepr(
+            item, head=text, inner=None, text="\n".join(errors), tail=reproduce(item)
+        )
+        self.phases["teardown"] = PhaseOutcome(outcome="failed", text=text, longrepr=longrepr)
 
 
 def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutcome:
@@ -108,27 +143,30 @@ def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutc
         outcome.result_of(run, expected_end=context.expected_ends.get(run.rank)) for run in runs
     ]
     word = outcome.verdict(results)
-    sections = _sections(results)
-    properties = [("fidelity", context.fidelity), *_properties(results)]
-    if word in ("passed", "xpassed", "xfailed", "skipped", "strict_xpass"):
-        telling = _telling(results)
-        return ItemOutcome(
-            verdict=word,
-            when="call",
-            text=str(telling.report.get("longrepr") or "") if telling is not None else "",
-            longrepr=_longrepr(item, telling) if telling is not None else None,
-            was_xfail=telling.was_xfail if telling is not None else None,
-            sections=sections,
-            properties=properties,
-        )
-    return _failed(item, runs, results, word, context, sections=sections, properties=properties)
+    is_agreed = word in AGREED
+    decided = (
+        _agreed(item, results, word) if is_agreed else _failed(item, runs, results, word, context)
+    )
+    decided.seconds = _seconds(results, context.seconds)
+    decided.properties = [("fidelity", context.fidelity), *sections.properties(results)]
+    return decided
 
 
-def _telling(results: list[RankResult]) -> Phase | None:
-    """Return the report that says it all where the ranks agree; None where none is left."""
+def _agreed(item: pytest.Item, results: list[RankResult], word: str) -> ItemOutcome:
+    """Return the outcome where all ranks say the same: a report of the first that has any."""
     phases = next((one.phases for one in results if one.status != outcome.DIED_AS_EXPECTED), ())
-    bad = (one for one in phases if one.outcome != "passed" or one.was_xfail is not None)
-    return next(bad, phases[-1] if phases else None)
+    told = {
+        phase.when: PhaseOutcome(
+            outcome=phase.outcome,
+            text=_reason(phase),
+            longrepr=_longrepr(item, phase),
+            was_xfail=phase.was_xfail,
+        )
+        for phase in phases
+        if phase.outcome != "passed" or phase.was_xfail is not None
+    }
+    when = next(iter(told), "call")
+    return ItemOutcome(verdict=word, when=when, phases=told, sections=sections.captured(results))
 
 
 def _failed(
@@ -137,174 +175,189 @@ def _failed(
     results: list[RankResult],
     word: str,
     context: Context,
-    *,
-    sections: list[tuple[str, str]],
-    properties: list[tuple[str, object]],
 ) -> ItemOutcome:
     found = [
-        failure
+        failures_of(run, result, context.expected_ends.get(run.rank))
         for run, result in zip(runs, results, strict=True)
-        if (failure := _failure(run, result, context)) is not None
     ]
-    ordered = failures.in_order(found)
-    head = _head(results, ordered, word, context)
-    sections = [*sections, *_output_sections(ordered)]
-    root = ordered[0] if ordered else None
-    phase = _failed_phase(results[root.rank]) if root is not None else None
-    when = "call"
-    if word == "error" and phase is not None and phase.when in ("setup", "teardown"):
-        when = phase.when
-    tail = [*failures.hints(ordered), *_others_lines(ordered[1:]), *failures.stacks(ordered)]
-    tail += [
-        f"rank {one.rank} was expected to {context.expected_ends[one.rank].text}, and did"
-        for one in results
-        if one.status == outcome.DIED_AS_EXPECTED
-    ]
-    if word == "crashed":
-        tail += context.notes
-    if item.config.getoption("usepdb", False):
-        tail.append(NO_PDB)
-    tail.append(f"reproduce: pytest {item.nodeid!r}")
-    longrepr = _compat.make_longrepr(
-        item,
-        head=head,
-        below="\n".join(context.explanations),
-        inner=_longrepr(item, phase) if phase is not None else None,
-        text=root.text if root is not None and phase is None and root.kind == "raised" else "",
-        tail="\n".join(tail),
-    )
-    return ItemOutcome(
+    first = failures.in_order([some[0] for some in found if some])
+    later = [one for some in found for one in some[1:]]
+    root = first[0] if first else None
+    phase = _failed_phase(results, root)
+    when = phase.when if word == "error" and phase is not None else "call"
+    decided = ItemOutcome(
         verdict=word,
         when=when,
+        failures=first,
+        sections=[*sections.captured(results), *sections.of_failures([*first, *later])],
+        session_end=_session_end(runs, root),
+    )
+    tail = [
+        *failures.hints(first),
+        *_lines_of_others(first[1:], root),
+        *_lines_of_later(later),
+        *_lines_of_deaths(results, context),
+        *sections.last_lines([*first, *later]),
+        *failures.stacks([*first, *later]),
+        *(context.notes if word == "crashed" else ()),
+    ]
+    if item.config.getoption("usepdb", False):
+        tail.append(NO_PDB)
+    head = _head(first, results, word, context)
+    decided.phases[when] = PhaseOutcome(
+        outcome="failed",
         text=head,
-        longrepr=longrepr,
-        sections=sections,
-        properties=properties,
+        longrepr=_compat.make_longrepr(
+            item,
+            head=head,
+            below="\n".join(context.explanations),
+            inner=_longrepr(item, phase) if phase is not None else None,
+            text=root.text if root is not None and phase is None and root.kind == "raised" else "",
+            tail="\n".join([*tail, reproduce(item)]),
+        ),
+    )
+    if when != "teardown":
+        _add_teardown(item, decided, results, [one for one in later if one.phase == "teardown"])
+    return decided
+
+
+def _add_teardown(
+    item: pytest.Item, decided: ItemOutcome, results: list[RankResult], later: list[Failure]
+) -> None:
+    """Report teardowns that failed on ranks that had failed before, as pytest does."""
+    if not later:
+        return
+    first = failures.in_order(later)
+    phase = _failed_phase(results, first[0])
+    head = failures.headline(first, world_size=len(results), timeout=0)
+    decided.phases["teardown"] = PhaseOutcome(
+        outcome="failed",
+        text=head,
+        longrepr=_compat.make_longrepr(
+            item,
+            head=head,
+            inner=_longrepr(item, phase) if phase is not None else None,
+            text="",
+            tail="\n".join([*_lines_of_others(first[1:], first[0]), reproduce(item)]),
+        ),
     )
 
 
-def _head(results: list[RankResult], ordered: list[Failure], word: str, context: Context) -> str:
-    """Return the headline, which names a fidelity that is not the usual one."""
+def _head(first: Sequence[Failure], results: list[RankResult], word: str, context: Context) -> str:
     others_left = any(result.status in ("skipped", "xfailed") for result in results)
-    if word == "disagree" or (others_left and all(one.is_collateral for one in ordered)):
-        head = _disagreement(results, ordered)
+    if word == "disagree" or (others_left and all(one.is_collateral for one in first)):
+        head = _disagreement(results, first)
     else:
-        head = failures.headline(ordered, world_size=len(results), timeout=context.timeout)
+        head = failures.headline(first, world_size=len(results), timeout=context.timeout)
     return head if context.fidelity == "gloo" else f"fidelity {context.fidelity}: {head}"
 
 
-def _failure(run: RankRun, result: RankResult, context: Context) -> Failure | None:
-    status = result.status
-    expected = context.expected_ends.get(run.rank)
-    if status == "survived" and expected is not None:
-        headline = f"was expected to {expected.text}, it {result.own_word}"
-        # after what others failed of: that tells more
-        return Failure(rank=run.rank, kind="alive", headline=headline, at=math.inf)
-    if status == outcome.DIED_AS_EXPECTED:
+def _failed_phase(results: list[RankResult], failure: Failure | None) -> Phase | None:
+    """Return the report that a failure was read from, None where it came from elsewhere."""
+    if failure is None or not failure.phase:
         return None
-    output = (run.output + run.captured).strip()
-    phase = _failed_phase(result)
-    if phase is not None:
-        crash = _crash_message(phase)
-        return Failure(
-            rank=run.rank,
-            kind="raised",
-            headline=crash,
-            text=_compat.longrepr_text(phase.report.get("longrepr")),
-            at=phase.at,
-            place=phase.place,
-        )
-    raised = next((one for one in run.messages if isinstance(one, Raised)), None)
-    if raised is not None:
-        return failures.of_raised(run, raised, output=output)
-    finished = next((one for one in run.messages if isinstance(one, Finished)), None)
-    if finished is not None and (finished.missing or finished.errors):
-        text = finished.missing or "\n".join(finished.errors)
-        return Failure(
-            rank=run.rank, kind="raised", headline=text.splitlines()[0], text=text, at=run.at
-        )
-    if run.done and status == "crashed":
-        seen = ", ".join(phase.when for phase in result.phases) or "none"
-        headline = f"did not report each phase exactly once (reported: {seen})"
-        return Failure(rank=run.rank, kind="raised", headline=headline, at=run.at)
-    if run.done:
+    phases = results[failure.rank].phases
+    return next(one for one in phases if one.when == failure.phase and one.outcome == "failed")
+
+
+def _session_end(runs: list[RankRun], root: Failure | None) -> tuple[str, int | None] | None:
+    if root is None or root.phase:
         return None
-    failure = failures.of_unfinished(run, output=output)
-    if expected is not None and failure.kind == "died":
-        headline = f"{failure.headline}, it was expected to {expected.text}"
-        failure = replace(failure, headline=headline)
-    return failure
+    for message in runs[root.rank].messages:
+        if isinstance(message, Raised) and message.session_end is not None:
+            text, status = message.session_end
+            return f"rank {root.rank} of {len(runs)}: {text}", status
+    return None
 
 
-def _failed_phase(result: RankResult) -> Phase | None:
-    return next((phase for phase in result.phases if phase.outcome == "failed"), None)
+def _seconds(results: list[RankResult], whole: float) -> dict[str, float]:
+    """Return the slowest rank's time for each phase.
+
+    A phase that a rank did not come to report took, on that rank, what the earlier ones left.
+    """
+    found: dict[str, float] = {}
+    for when in sections.ORDER:
+        told = [
+            float(phase.report.get("duration") or 0.0)
+            for result in results
+            for phase in result.phases
+            if phase.when == when
+        ]
+        found[when] = max(told, default=0.0)
+    if any(result.status in ("crashed", "timed_out", "stopped") for result in results):
+        found["call"] = max(found["call"], whole - found["setup"] - found["teardown"])
+    return found
 
 
-def _crash_message(phase: Phase) -> str:
+def _reason(phase: Phase) -> str:
+    """Return the text of a skip, an expected failure, or a strict unexpected pass."""
     longrepr = phase.report.get("longrepr")
-    if isinstance(longrepr, dict) and longrepr.get("reprcrash"):
-        message = str(longrepr["reprcrash"]["message"])
-    else:
-        message = str(longrepr)
-    lines = [line for line in message.splitlines() if line.strip()]
-    if lines and lines[0].startswith("file "):  # where pytest looked for a fixture, then the error
-        lines = [line[1:].strip() for line in lines if line.startswith("E  ")] or lines
-    return lines[0] if lines else "failed"
+    if isinstance(longrepr, list | tuple):
+        return str(longrepr[-1])
+    return str(longrepr or "")
 
 
 def _longrepr(item: pytest.Item, phase: Phase) -> Any:
     return _compat.report_from_data(item.config, phase.report).longrepr
 
 
-def _disagreement(results: list[RankResult], found: list[Failure]) -> str:
+def reproduce(item: pytest.Item) -> str:
+    """Return the line that runs this item alone, quoted for a shell, from where pytest was run."""
+    file, colons, names = item.nodeid.partition("::")
+    path = os.path.relpath(item.config.rootpath / file, item.config.invocation_params.dir)
+    quoted = f"{path}{colons}{names}".replace("'", "'\"'\"'")
+    return f"reproduce: pytest '{quoted}'"
+
+
+def _disagreement(results: list[RankResult], found: Sequence[Failure]) -> str:
     cut = {
         one.rank: f"was cut off in {one.place or 'its work'}" for one in found if one.is_collateral
     }
-    by_status: dict[str, list[int]] = {}
-    for result in results:
-        status = cut.get(result.rank, result.status).replace("strict_xpass", "xpassed (strict)")
-        by_status.setdefault(status, []).append(result.rank)
-    parts = [f"{failures.ranks_text(ranks)} {status}" for status, ranks in by_status.items()]
+    texts = [
+        (one.rank, cut.get(one.rank, one.status).replace("strict_xpass", "xpassed (strict)"))
+        for one in results
+    ]
+    parts = [f"{ranks_text(ranks)} {status}" for ranks, status in fold(texts)]
     return f"the ranks disagree: {', '.join(parts)}"
 
 
-def _sections(results: list[RankResult]) -> list[tuple[str, str]]:
-    """Return the ranks' captured output, equal texts once."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for result in results:
-        seen: set[tuple[str, str]] = set()
-        for phase in result.phases:
-            for name, text in phase.report.get("sections") or ():
-                if (name, text) not in seen:  # each report repeats those of earlier phases
-                    seen.add((name, text))
-                    found.setdefault((name, text), []).append(result.rank)
-    order = sorted(found.items(), key=lambda entry: entry[1])
-    return [(f"{name} ({failures.ranks_text(ranks)})", text) for (name, text), ranks in order]
+def _lines_of_others(others: Sequence[Failure], root: Failure | None) -> list[str]:
+    """Return a line for each way in which other ranks failed; the headline has the rest."""
+    lines = failures.collateral_lines(others)
+    told = [one for one in others if not one.is_collateral]
+    raised = [
+        (one.rank, f"failed too: {one.headline}{_at(one)}")
+        for one in told
+        if one.kind == "raised" and not (root is not None and one.is_like(root))
+    ]
+    died = [(one.rank, one.headline) for one in told if one.kind in ("died", "alive")]
+    return [*lines, *(f"{ranks_text(ranks)} {text}" for ranks, text in fold([*raised, *died]))]
 
 
-def _output_sections(ordered: list[Failure]) -> list[tuple[str, str]]:
-    return [(f"Captured output (rank {one.rank})", one.output) for one in ordered if one.output]
+def _lines_of_deaths(results: list[RankResult], context: Context) -> list[str]:
+    """Return a line for each death that was declared and happened."""
+    texts = [
+        (one.rank, f"was expected to {context.expected_ends[one.rank].text}, and did")
+        for one in results
+        if one.status == outcome.DIED_AS_EXPECTED
+    ]
+    return [f"rank {rank} {text}" for rank, text in texts]
 
 
-def _others_lines(others: list[Failure]) -> list[str]:
-    lines = []
-    for one in others:
-        if one.is_collateral:  # cut off, or stopped
-            lines.append(failures.collateral_line(one))
-        elif one.kind == "raised":
-            lines.append(f"rank {one.rank} failed too: {one.headline}")
-        elif one.kind in ("died", "alive"):
-            lines.append(f"rank {one.rank} {one.headline}")
-    return lines  # those at work when the time was up are in the headline
+def _lines_of_later(later: Sequence[Failure]) -> list[str]:
+    """Return a line for each failure of a rank that had failed before."""
+    texts = [
+        (one.rank, f"then {one.headline}" if one.kind == "died" else _in_phase(one))
+        for one in later
+        if one.kind == "died" or not one.is_collateral
+    ]
+    return [f"{ranks_text(ranks)} {text}" for ranks, text in fold(texts)]
 
 
-def _properties(results: list[RankResult]) -> list[tuple[str, object]]:
-    found: list[tuple[str, object]] = []
-    for result in results:
-        for phase in result.phases[-1:]:
-            for name, value in phase.report.get("user_properties") or ():
-                if result.rank == 0:
-                    found.append((name, value))
-                elif (name, value) not in found:
-                    found.append((f"{name} (rank {result.rank})", value))
-    return found
+def _in_phase(failure: Failure) -> str:
+    where = f"in {failure.phase} " if failure.phase else ""
+    return f"then failed {where}too: {failure.headline}{_at(failure)}"
+
+
+def _at(failure: Failure) -> str:
+    return f" ({os.path.relpath(failure.line)})" if failure.line else ""

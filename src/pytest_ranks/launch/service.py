@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pytest_ranks import _compat
-from pytest_ranks.launch import deaths
+from pytest_ranks.launch import deaths, failures
 from pytest_ranks.launch.messages import (
     Finished,
     Phase,
@@ -256,7 +256,9 @@ class RankService:
             for error in message.errors
         ]
         if timed_out:
-            errors.append(f"not over after {TEARDOWN_SECONDS:g} s")
+            late = [failures.of_unfinished(run, output="") for run in runs if not run.done]
+            places = "; ".join(f"rank {one.rank} {one.headline}" for one in late)
+            errors.append(f"not over after {TEARDOWN_SECONDS:g} s: {places}")
         return errors
 
 
