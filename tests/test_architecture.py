@@ -41,6 +41,9 @@ FLOORS = (
     (
         "launch.items",
         "launch.scan",
+        "launch.attached",
+        "launch.rank_zero",
+        "launch.rank_other",
         "conformance.parametrize",
         "conformance.command",
         "conformance.conftest",
@@ -55,7 +58,10 @@ NEIGHBOURS = {
     "launch.messages": {"errors", "_compat"},
     "launch.spec": {"errors", "_compat", "launch.fidelity.ladder"},
     "launch.fidelity.ladder": {"errors", "launch.spec"},
-    "launch.scan": {"launch.items"},
+    "launch.scan": {"launch.items", "launch.rank_other"},
+    "launch.attached": {"launch.rank_zero", "launch.rank_other"},
+    "launch.rank_zero": {"launch.attached", "launch.items"},
+    "launch.rank_other": {"launch.attached"},
     "conformance.command": {"conformance.parametrize"},
     "conformance.conftest": {"conformance.parametrize", "conformance.command"},
 }

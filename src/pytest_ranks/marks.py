@@ -353,16 +353,20 @@ def skip_reason(item: pytest.Item) -> str | None:
 
 
 def enforce(item: pytest.Item) -> None:
-    """Fail an item whose mark is bad; have one skipped whose need is not met.
-
-    The skip is left to pytest's own mark, which reports the test's place, not ours.
-    """
+    """Fail an item whose mark is bad; have one skipped whose need is not met."""
     error = read(item).error
     if error is not None:
         pytest.fail(error, pytrace=False)
     reason = skip_reason(item)
-    if reason is None:
-        return
+    if reason is not None:
+        skip(item, reason)
+
+
+def skip(item: pytest.Item, reason: str) -> None:
+    """Have an item skipped that is about to be set up.
+
+    The skip is left to pytest's own mark, which reports the test's place, not ours.
+    """
     if not item.config.pluginmanager.has_plugin("skipping"):
         pytest.skip(reason)
     item.add_marker(pytest.mark.skip(reason=reason))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MAX_WORLD_SIZE = 64
 # A rank test that runs takes well under a second; a minute is what a loaded CI machine may need.
 TIMEOUT_SECONDS = 60.0
+# Nodes import torch from a shared file system at very different speeds.
+JOIN_SECONDS = 300.0
 
 
 # A dataclass would cost every pytest session half a millisecond more.
@@ -105,6 +107,12 @@ def _parse_fidelity(text: str) -> str:
 
 def _parse_subject(text: str) -> str:
     if not re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", text):
+        raise ValueError
+    return text
+
+
+def _parse_attach(text: str) -> str:
+    if text not in ("auto", "always", "never"):
         raise ValueError
     return text
 
@@ -204,5 +212,30 @@ TABLE = (
         help="Run every conformance check against the bugs it has to catch, and exit",
         default=False,
         action="store_true",
+    ),
+    Option(
+        name="attach",
+        help="Whether a pytest that torchrun or srun starts once a rank is one session over all "
+        "ranks: auto where tests on ranks are likely, always, or never",
+        default="auto",
+        metavar="WHEN",
+        ini="string",
+        env=True,
+        parse=_parse_attach,
+        expected="auto, always or never",
+        example="never",
+        shown="auto",
+    ),
+    Option(
+        name="join_timeout",
+        help="Seconds in which all ranks of a launcher's world have to collect and come together",
+        default=JOIN_SECONDS,
+        metavar="SECONDS",
+        ini="float",
+        env=True,
+        parse=_parse_seconds,
+        expected="a number of seconds greater than 0",
+        example="300",
+        shown="300",
     ),
 )

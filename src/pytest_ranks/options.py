@@ -37,6 +37,8 @@ class Settings:
         suite: suites or check ids to run; empty means all.
         list_checks: list the conformance checks and exit.
         self_check: run every check against its mutants and exit.
+        attach: "auto", "always" or "never" attach to the world of a launcher.
+        join_timeout: seconds in which all ranks of that world have to come.
         sources: where each value came from: an option, a variable, a file or the default.
     """
 
@@ -49,6 +51,8 @@ class Settings:
     suite: tuple[str, ...]
     list_checks: bool
     self_check: bool
+    attach: str
+    join_timeout: float
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def source(self, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,8 +30,16 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Hand the commands of the conformance suites over."""
+    """Hand the commands of the conformance suites over; attach to a launcher's world."""
     chosen = options.settings(config)
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+        or "SLURM_PROCID" in os.environ
+        or chosen.attach != "auto"
+    ):
+        from pytest_ranks.launch import attached
+
+        attached.prepare(config, is_likely=scan.is_likely)
     if not (chosen.list_checks or chosen.self_check):
         return None
     return _run_command(

@@ -17,7 +17,8 @@ import pytest
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, UnavailableError
 from pytest_ranks.launch import deaths, reports, scopes
-from pytest_ranks.launch.pools import Pool, PoolKey
+from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
 from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
 from pytest_ranks.launch.start import harvest_of
 from pytest_ranks.launch.warned import forward_warnings
@@ -25,6 +26,7 @@ from pytest_ranks.launch.warned import forward_warnings
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from pytest_ranks.launch.link import ZygoteLink
     from pytest_ranks.launch.reports import ItemOutcome
     from pytest_ranks.launch.spec import RankSpec
 
@@ -34,12 +36,17 @@ BEFORE_PYTEST_TIMEOUT = 0.8
 
 
 class RankItems:
-    """Runs the items of one session that ask for ranks."""
+    """Runs the items of one session that ask for ranks.
 
-    def __init__(self, session: pytest.Session) -> None:
+    Args:
+        session: whose items they are.
+        make_ranks: forks the ranks of a pool.
+    """
+
+    def __init__(self, session: pytest.Session, *, make_ranks: MakeRanks = Ranks) -> None:
         self._session = session
         self._config = session.config
-        self._service = RankService(session)
+        self._service = RankService(session, make_ranks=make_ranks)
         self._order: list[tuple[str, PoolKey]] = []
         self._index: dict[str, int] = {}
         self._next: pytest.Item | None = None
@@ -48,6 +55,11 @@ class RankItems:
         self._owner = os.getpid()
 
     # ---- life
+
+    @property
+    def link(self) -> ZygoteLink:
+        """The link to the zygote."""
+        return self._service.link
 
     def start(self) -> None:
         """Start the zygote before collection."""

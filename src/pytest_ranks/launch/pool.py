@@ -150,6 +150,10 @@ class Ranks:
             raise
         return watch.runs, timed_out
 
+    def explain(self) -> list[str]:
+        """Return what the reader of a failure has to know about the place of these ranks."""
+        return []
+
     def leave(self) -> None:
         """Ask the processes to flush and leave; `forget` closes what does not."""
         for handle in self._handles:

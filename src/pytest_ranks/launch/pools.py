@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pytest_ranks.launch.link import ZygoteLink
@@ -42,11 +43,20 @@ class Pool:
     last_node_id: str = ""
 
 
-class Pools:
-    """All pools of one session."""
+MakeRanks = Callable[[ZygoteLink, int], Ranks]
 
-    def __init__(self, link: ZygoteLink) -> None:
+
+class Pools:
+    """All pools of one session.
+
+    Args:
+        link: to the zygote.
+        make_ranks: forks ranks, so many.
+    """
+
+    def __init__(self, link: ZygoteLink, make_ranks: MakeRanks = Ranks) -> None:
         self._link = link
+        self._make_ranks = make_ranks
         self._idle: dict[PoolKey, Pool] = {}  # oldest first
         self._leaving: list[tuple[float, Ranks]] = []
         self._numbers = itertools.count(1)
@@ -63,7 +73,10 @@ class Pools:
             self._end(pool)
             pool = None
         if pool is None:
-            pool = Pool(ranks=Ranks(self._link, key.world_size), home_port=self._link.open_store())
+            pool = Pool(
+                ranks=self._make_ranks(self._link, key.world_size),
+                home_port=self._link.open_store(),
+            )
         return pool
 
     def give_back(self, key: PoolKey, pool: Pool) -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_ranks.launch.items import RankItems
+    from pytest_ranks.launch.rank_other import OtherItems
 
+ATTACHED = "ranks-attached"  # the plugin of a session that a launcher started once a rank
 _SIGN = b"mark.ranks"
 # A tree of more files than this is not scanned to its end: ranks then start at their first item.
 MOST_FILES = 3000
@@ -23,7 +25,7 @@ MOST_FILES = 3000
 
 def before_collection(session: pytest.Session) -> None:
     """Start the zygote at once where a file to collect has the mark `ranks` in its bytes."""
-    if _may_run(session) and _is_likely(session) and _has_torch():
+    if _may_run(session) and _has_torch() and (_is_attached(session) or is_likely(session.config)):
         _plugin(session).start()
 
 
@@ -34,6 +36,8 @@ def after_collection(session: pytest.Session) -> None:
     items = [item for item in session.items if _asks_for_ranks(item)]
     if items and _has_torch():  # else they are skipped with the reason
         _plugin(session).take_over(items)
+    elif _is_attached(session):
+        _plugin(session).start()
 
 
 def _may_run(session: pytest.Session) -> bool:
@@ -52,21 +56,27 @@ def _asks_for_ranks(item: pytest.Item) -> bool:
     return marks.read(item).spec is not None
 
 
-def _plugin(session: pytest.Session) -> RankItems:
+def _is_attached(session: pytest.Session) -> bool:
+    return session.config.pluginmanager.has_plugin(ATTACHED)
+
+
+def _plugin(session: pytest.Session) -> RankItems | OtherItems:
     from pytest_ranks.launch.items import RankItems
 
     manager = session.config.pluginmanager
-    found: RankItems | None = manager.get_plugin("ranks-items")
+    found: RankItems | OtherItems | None = manager.get_plugin("ranks-items")
     if found is None:
-        found = RankItems(session)
+        attached = manager.get_plugin(ATTACHED)
+        found = RankItems(session) if attached is None else attached.make_items(session)
         manager.register(found, "ranks-items")
     return found
 
 
-def _is_likely(session: pytest.Session) -> bool:
-    patterns = session.config.getini("python_files")
+def is_likely(config: pytest.Config) -> bool:
+    """Return whether a file to collect has the mark `ranks` in its bytes."""
+    patterns = config.getini("python_files")
     count = 0
-    for path in _files(session):
+    for path in _files(config):
         name = os.path.basename(path)
         if not any(fnmatch(name, pattern.rpartition("/")[2]) for pattern in patterns):
             continue
@@ -82,10 +92,10 @@ def _is_likely(session: pytest.Session) -> bool:
     return False
 
 
-def _files(session: pytest.Session) -> Iterator[str]:
-    pruned = session.config.getini("norecursedirs")
-    for argument in session.config.args:
-        start = os.path.join(session.config.invocation_params.dir, argument.partition("::")[0])
+def _files(config: pytest.Config) -> Iterator[str]:
+    pruned = config.getini("norecursedirs")
+    for argument in config.args:
+        start = os.path.join(config.invocation_params.dir, argument.partition("::")[0])
         if not os.path.isdir(start):
             yield start
             continue

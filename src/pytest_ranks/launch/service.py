@@ -16,7 +16,8 @@ from pytest_ranks.launch.messages import (
     TearDown,
     World,
 )
-from pytest_ranks.launch.pools import Pool, PoolKey, Pools
+from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey, Pools
 from pytest_ranks.launch.start import start_zygote
 
 if TYPE_CHECKING:
@@ -75,10 +76,12 @@ class RankService:
 
     Args:
         session: whose items these are.
+        make_ranks: forks the ranks of a pool.
     """
 
-    def __init__(self, session: pytest.Session) -> None:
+    def __init__(self, session: pytest.Session, *, make_ranks: MakeRanks = Ranks) -> None:
         self._session = session
+        self._make_ranks = make_ranks
         self._link: ZygoteLink | None = None
         self._pools: Pools | None = None
         self._files: tuple[str, ...] = ()
@@ -92,7 +95,15 @@ class RankService:
             return
         self._starts += 1
         self._link = start_zygote(self._session, fresh=self._starts > 1)
-        self._pools = Pools(self._link)
+        self._pools = Pools(self._link, self._make_ranks)
+
+    @property
+    def link(self) -> ZygoteLink:
+        """The zygote's link, started where that was not done."""
+        if self._link is None:
+            self.collect(self._files)
+        assert self._link is not None
+        return self._link
 
     def collect(self, files: tuple[str, ...]) -> None:
         """Have the zygote collect these files, once.
@@ -179,8 +190,8 @@ class RankService:
         try:
             runs, _ = pool.ranks.run(
                 message,
-                is_last=_is_last,
-                is_failure=_is_failure,
+                is_last=is_last,
+                is_failure=is_failure,
                 timeout=request.seconds,
                 expected_ends=deaths.expected_ends(spec),
             )
@@ -189,7 +200,7 @@ class RankService:
             raise
         finally:
             self._link.close_store(port)
-        return ItemRun(pool=pool, runs=runs, notes=self._notes(pool))
+        return self._item_run(pool, runs)
 
     def settle(self, request: ItemRequest, done: ItemRun, *, is_clean: bool) -> list[str]:
         """Keep the pool where that is safe, else end it; return what its last teardowns raised."""
@@ -208,6 +219,11 @@ class RankService:
         errors = self._tear_down(pool) if key.scope is not None else []
         self._pools.retire(pool)
         return errors
+
+    def _item_run(self, pool: Pool, runs: list[RankRun]) -> ItemRun:
+        return ItemRun(
+            pool=pool, runs=runs, notes=self._notes(pool), explanations=pool.ranks.explain()
+        )
 
     def _notes(self, pool: Pool) -> list[str]:
         assert self._link is not None
@@ -267,11 +283,13 @@ def is_alone(spec: RankSpec) -> bool:
     return spec.isolate or spec.backend != "gloo"
 
 
-def _is_last(message: object) -> bool:
+def is_last(message: object) -> bool:
+    """Return whether a rank says nothing after this about what it was asked to run."""
     return isinstance(message, Finished | Raised)
 
 
-def _is_failure(message: object) -> bool:
+def is_failure(message: object) -> bool:
+    """Return whether a rank says that it failed, so that its peers need not go on."""
     if isinstance(message, Phase):
         return message.outcome == "failed"
     return isinstance(message, Raised) or (

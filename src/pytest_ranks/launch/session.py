@@ -50,6 +50,7 @@ _CONTROLLERS = (
     "ranks-needs",
     "ranks-verdict",
     "ranks-items",
+    "ranks-attached",
 )
 
 

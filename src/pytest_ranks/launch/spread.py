@@ -1,0 +1,316 @@
+"""Ranks of which one is ours and the others belong to the controllers of other ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch.coordination import Done, Failed, Prepare, Prepared, Result, Retire, Run
+from pytest_ranks.launch.folding import ranks_text
+from pytest_ranks.launch.hub import LOOPBACK
+from pytest_ranks.launch.interfaces import interface_towards
+from pytest_ranks.launch.line import LineLost
+from pytest_ranks.launch.messages import Place, Raised, RunItem
+from pytest_ranks.launch.pool import RankRun, Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pytest_ranks.launch.hub import Hub, Member
+    from pytest_ranks.launch.link import ZygoteLink
+    from pytest_ranks.launch.outcome import ExpectedEnd
+    from pytest_ranks.launch.pool import Peers
+
+# Seconds that a rank has for its answer after its deadline: it dumps stacks and ends its process.
+# More than the silence after which the line says that the rank is out of reach.
+RESULT_SECONDS = 15.0
+ENDING_SECONDS = 3.0  # the same when this process was asked to end
+
+
+class SpreadRanks(Ranks):
+    """The ranks of one pool: number 0 is forked here, the others each by another controller.
+
+    Args:
+        link: to the zygote of this controller.
+        world_size: number of ranks.
+        hub: the other controllers.
+
+    Raises:
+        UnavailableError: not so many ranks are left.
+    """
+
+    def __init__(self, link: ZygoteLink, world_size: int, *, hub: Hub) -> None:
+        members = hub.reachable()[: world_size - 1]
+        if len(members) < world_size - 1:
+            raise UnavailableError(hub.too_few(world_size))
+        self.world_size = world_size
+        self.runs = 0
+        self._hub = hub
+        self._members = members
+        self._pool = hub.next_number()
+        self._own = Ranks(link, 1)
+        nodes = {hub.hello.node, *(member.hello.node for member in members)}
+        self._host = LOOPBACK if len(nodes) == 1 else hub.host()
+        self._interface = "lo" if len(nodes) == 1 else own_interface(self._host)
+
+    def native_threads(self) -> int:
+        """Return how many threads our zygote had when its rank was forked."""
+        return self._own.native_threads()
+
+    def is_alive(self) -> bool:
+        """Return whether all processes live, on all machines."""
+        if not self._own.is_alive():
+            return False
+        for member in self._members:
+            answer = self._hub.ask(member, Prepare(pool=self._pool), Prepared)
+            if answer is None or not answer.was_kept:
+                return False
+        return True
+
+    def run(
+        self,
+        request: Callable[[int], object],
+        *,
+        is_last: Callable[[Any], bool],
+        is_failure: Callable[[Any], bool],
+        timeout: float,
+        starts: bool = True,
+        peers: Peers | None = None,  # noqa: ARG002 - there are no others
+        expected_ends: Mapping[int, ExpectedEnd] | None = None,
+    ) -> tuple[list[RankRun], bool]:
+        """Send one request to every rank, and see to it that each is done, dead or stopped."""
+        self.runs += 1
+        crew = Crew(self._hub, self._members)
+        ends = expected_ends or {}
+        self._hub.is_busy = True
+        try:
+            for index, member in enumerate(self._members, start=1):
+                message = Run(
+                    number=crew.number,
+                    pool=self._pool,
+                    request=self._placed(request(index), index),
+                    seconds=timeout,
+                    starts=starts,
+                    rank=index,
+                    ends=tuple((rank, end.text, tuple(end.statuses)) for rank, end in ends.items()),
+                )
+                self._hub.send(member, message)
+            runs, timed_out = self._own.run(
+                lambda _: self._placed(request(0), 0),
+                is_last=is_last,
+                is_failure=is_failure,
+                timeout=timeout,
+                starts=starts,
+                peers=crew,
+                expected_ends=ends,
+            )
+            runs += crew.gather(RESULT_SECONDS + (0 if timed_out else timeout))
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            self._hub.is_busy = False
+            crew.close()
+        late = ("deadline", "abandoned", "unready")
+        return runs, timed_out or any(run.stopped in late for run in runs)
+
+    def explain(self) -> list[str]:
+        """Return where the ranks are, and which of them were lost."""
+        by_node: dict[int, list[int]] = {self._hub.hello.node: [0]}
+        lines = []
+        for index, member in enumerate(self._members, start=1):
+            by_node.setdefault(member.hello.node, []).append(index)
+            if member.rank != index:
+                lines.append(f"rank {index} of this test is rank {member.rank} of the world")
+        if len(by_node) > 1:
+            places = [
+                f"{ranks_text(ranks)} ran on node {self._hub.label(node)}"
+                for node, ranks in by_node.items()
+            ]
+            lines.append("; ".join(places))
+        lines += [
+            f"lost: rank {index} of this test, at node {self._hub.label(member.hello.node)}: {member.loss.text}"
+            for index, member in enumerate(self._members, start=1)
+            if member.loss is not None
+        ]
+        return lines
+
+    def leave(self) -> None:
+        """Ask the processes to flush and leave."""
+        self._own.leave()
+        self._retire()
+
+    def have_left(self) -> bool:
+        """Return whether our process has ended."""
+        return self._own.have_left()
+
+    def kill(self) -> None:
+        """Kill our process; the others end theirs."""
+        self._own.kill()
+        self._retire()
+
+    def forget(self) -> None:
+        """Give back all descriptors."""
+        self._own.forget()
+
+    def _retire(self) -> None:
+        for member in self._members:
+            self._hub.send(member, Retire(pool=self._pool))
+
+    def _placed(self, message: Any, index: int) -> Any:
+        """Return a request with what is different for a rank on its machine."""
+        if not isinstance(message, RunItem) or not self._members:
+            return message
+        hellos = [self._hub.hello, *(member.hello for member in self._members)]
+        nodes = [hello.node for hello in hellos]
+        known = list(dict.fromkeys(nodes))
+        node = nodes[index]
+        place = Place(
+            local_rank=nodes[:index].count(node),
+            local_world_size=nodes.count(node),
+            node=known.index(node),
+            nodes=len(known),
+        )
+        here = self._hub.hello.base_temp
+        on_node = hellos[nodes.index(node)].base_temp  # one folder for the ranks of a machine
+        shared = message.world.shared_tmp_path
+        if shared is not None:
+            shared = os.path.join(on_node, os.path.relpath(shared, here))
+        rendezvous = message.world.rendezvous
+        if rendezvous is not None:
+            interface = "lo" if len(known) == 1 else "" if index else self._interface
+            rendezvous = replace(rendezvous, host=self._host, interface=interface)
+        return replace(
+            message,
+            world=replace(
+                message.world, place=place, rendezvous=rendezvous, shared_tmp_path=shared
+            ),
+            base_temp=os.path.join(
+                hellos[index].base_temp, os.path.relpath(message.base_temp, here)
+            ),
+        )
+
+
+class Crew:
+    """The other ranks of one run, while it goes on."""
+
+    def __init__(self, hub: Hub, members: list[Member]) -> None:
+        self.number = hub.next_number()
+        self._hub = hub
+        self._members = members
+        self._results: dict[int, RankRun] = {}  # index in the run -> what it did
+        self._failed = False
+        self._told = False
+        self._done = False
+        self._epoll = select.epoll()  # one descriptor that stands for all of theirs
+        self._epoll.register(hub.wake, select.EPOLLIN)
+        for member in members:
+            if member.loss is None:
+                self._epoll.register(member.line.fileno(), select.EPOLLIN)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        self._epoll.close()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when one of them has something to say."""
+        return self._epoll.fileno()
+
+    def has_failed(self) -> bool:
+        """Return whether one of them failed or was lost, or this process was asked to end."""
+        return self._failed
+
+    def has_finished(self) -> bool:
+        """Return whether one of them has finished the run."""
+        return bool(self._results)
+
+    def tell_failure(self) -> None:
+        """Tell them that a rank failed."""
+        self._failed = True
+        if not self._told:
+            self._told = True
+            self._tell(Failed(number=self.number))
+
+    def pump(self) -> None:
+        """Take in what they have said."""
+        for index, member in enumerate(self._members, start=1):
+            if index in self._results:
+                continue
+            for message in self._hub.hear(member):
+                if getattr(message, "number", None) != self.number:
+                    continue
+                if isinstance(message, Failed):
+                    self.tell_failure()
+                elif isinstance(message, Result):
+                    self._results[index] = _ours(message.run, index, member.offset)
+                    self._tell(Done(number=self.number))
+            if member.loss is not None:
+                self._results.setdefault(index, _lost(index, member))
+                self.tell_failure()
+        if self._hub.is_ending:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._hub.wake)  # or the descriptor would stay readable
+            self.tell_failure()
+
+    def gather(self, seconds: float) -> list[RankRun]:
+        """Return what they did, once each has said so or is lost; ours has finished."""
+        self._tell(Done(number=self.number))
+        end = time.monotonic() + seconds
+        self.pump()
+        while len(self._results) < len(self._members):
+            if self._hub.is_ending:
+                end = min(end, time.monotonic() + ENDING_SECONDS)
+            left = end - time.monotonic()
+            if left <= 0:
+                self._give_up()
+                break
+            self._epoll.poll(left)
+            self.pump()
+        return [self._results[index] for index in range(1, len(self._members) + 1)]
+
+    def _give_up(self) -> None:
+        why = "when this rank was asked to end" if self._hub.is_ending else "after the deadline"
+        for index, member in enumerate(self._members, start=1):
+            if index not in self._results:
+                self._hub.lose(member, LineLost(f"it did not say what its rank did {why}"))
+                self._results[index] = _lost(index, member)
+
+    def _tell(self, message: Failed | Done) -> None:
+        for index, member in enumerate(self._members, start=1):
+            if index not in self._results:
+                self._hub.send(member, message)
+
+
+def own_interface(host: str) -> str:
+    """Return the interface that gloo shall use: what the user says, else what leads to a host."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or interface_towards(host)
+
+
+def _ours(run: RankRun, index: int, offset: float) -> RankRun:
+    """Return what a rank did with its number in this run and the times of our clock."""
+    messages = [
+        replace(message, at=message.at + offset)
+        if hasattr(message, "at")
+        else _shifted(message, offset)
+        for message in run.messages
+    ]
+    return replace(run, rank=index, at=run.at + offset, messages=messages)
+
+
+def _shifted(message: Any, offset: float) -> Any:
+    if not hasattr(message, "phases"):
+        return message
+    phases = tuple(replace(phase, at=phase.at + offset) for phase in message.phases)
+    return replace(message, phases=phases)
+
+
+def _lost(index: int, member: Member) -> RankRun:
+    assert member.loss is not None
+    text = member.loss.text
+    told = Raised(headline=text, traceback="", at=member.loss.at)
+    return RankRun(rank=index, crashed=True, at=member.loss.at, messages=[told])
