@@ -76,6 +76,7 @@ RANK_MODULES = {
     "launch.messages": "what is said over it",
     "launch.hygiene": "what a test left behind",
     "launch.group": "the process group that the rank joins",
+    "launch.startline": "where the ranks of a run wait for each other",
     "launch.processes": "the signal that dumps its stacks",
     "launch.deadline": "the collective that a stack waits in",
     "launch.coverage": "which lines the rank executes, for a controller that measures them",

@@ -72,9 +72,9 @@ def set_base_temp(config: pytest.Config, folder: Path) -> None:
     Else each rank would remove `--basetemp`, or take a numbered folder of its own and never
     clean it up.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     factory = config._tmp_path_factory  # type: ignore[attr-defined]
     if factory._basetemp != folder:
+        folder.mkdir(parents=True, exist_ok=True)
         factory._basetemp = folder
         if hasattr(factory, "_next_number"):  # 9.1: prefix -> next number, of the old folder
             factory._next_number = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import gc
@@ -11,7 +12,6 @@ import random
 import socket
 import stat
 import sys
-import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +87,20 @@ def export_rank_variables(world: World) -> None:
     With the agent-store variable a plain `init_process_group()` joins the run's own store as a
     client on every rank (torch.distributed.rendezvous, `_torchelastic_use_agent_store`).
     """
-    scrub_rank_variables()
+    variables = _rank_variables(world)
+    for name in _VARIABLES:
+        if name not in variables:
+            os.environ.pop(name, None)
+    for name, value in variables.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _rank_variables(world: World) -> dict[str, str]:
     if not world.rank_variables:
-        return
+        return {}
     rank, size, place = str(world.rank), str(world.world_size), world.place
-    os.environ |= {
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": str(world.local_rank),
         "ROLE_RANK": rank,
@@ -102,7 +111,7 @@ def export_rank_variables(world: World) -> None:
         "GROUP_WORLD_SIZE": str(place.nodes) if place is not None else "1",
     }
     if world.rendezvous is not None:
-        os.environ |= {
+        variables |= {
             "GLOO_SOCKET_IFNAME": world.rendezvous.interface,
             "MASTER_ADDR": world.rendezvous.host,
             "MASTER_PORT": str(world.rendezvous.port),
@@ -110,6 +119,7 @@ def export_rank_variables(world: World) -> None:
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_MAX_RESTARTS": "0",
         }
+    return variables
 
 
 def seed_everything() -> None:
@@ -117,14 +127,34 @@ def seed_everything() -> None:
     random.seed(SEED)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(SEED)
-    if (torch := sys.modules.get("torch")) is not None:
+    if (torch := sys.modules.get("torch")) is None:
+        return
+    if _has_accelerator():
         torch.manual_seed(SEED)
+    else:
+        # the whole of it formats the stack for each kind of device that is not there: 0.5 ms
+        torch.default_generator.manual_seed(SEED)
+
+
+def _has_accelerator() -> bool:
+    """Return whether torch was built for a kind of device, and has one here."""
+    import torch
+
+    found = torch.accelerator.current_accelerator()
+    return found is not None and (found.type != "cuda" or _has_cuda())
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 # The group that was initialised for the current run, until the test makes its own.
 _ours: list[ProcessGroup] = []
-# Port of the run's store -> the connection to it and how often a group was initialised there.
-_initialised: dict[str, tuple[TCPStore, int]] = {}
+# Where a plain `init_process_group()` of the current run meets, and in which process.
+_meeting: list[tuple[ProcessGroup, Rendezvous, int]] = []
 
 
 def let_tests_initialise() -> None:
@@ -144,12 +174,15 @@ def let_tests_initialise() -> None:
     def init_process_group(*args: Any, **kwargs: Any) -> Any:
         if _ours:
             _ours[0].drop()
-        says_where = len(args) > 1 or kwargs.get("init_method") or kwargs.get("store")
-        if not says_where and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            kwargs["store"] = _next_store()
+        says_where = len(args) > 1 or kwargs.get("store") or kwargs.get("device_mesh")
+        is_plain = not says_where and kwargs.get("init_method") in (None, "env://")
+        if is_plain and (meeting := _meeting_of_run()) is not None:
+            group, rendezvous = meeting
+            kwargs["store"] = group.next_store(rendezvous)
             kwargs.pop("init_method", None)
-            kwargs.setdefault("rank", int(os.environ["RANK"]))
-            kwargs.setdefault("world_size", int(os.environ["WORLD_SIZE"]))
+            for name, variable in (("rank", "RANK"), ("world_size", "WORLD_SIZE")):
+                if kwargs.get(name, -1) < 0:
+                    kwargs[name] = int(os.environ[variable])
         return original(*args, **kwargs)
 
     dist.init_process_group = init_process_group
@@ -160,20 +193,14 @@ def let_tests_initialise() -> None:
             logging.getLogger(name).setLevel(logging.INFO)
 
 
-def _next_store() -> PrefixStore:
-    """Return the run's own store under a prefix that was not used in this run."""
-    import torch.distributed as dist
-
-    port = os.environ["MASTER_PORT"]
-    if port not in _initialised:
-        _initialised.clear()
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(port), is_master=False, wait_for_workers=False
-        )
-        _initialised[port] = (store, 0)
-    store, count = _initialised[port]
-    _initialised[port] = (store, count + 1)
-    return dist.PrefixStore(f"initialisation{count}", store)  # type: ignore[attr-defined]
+def _meeting_of_run() -> tuple[ProcessGroup, Rendezvous] | None:
+    """Return where the run meets, None for a child of the rank or a world of the test's own."""
+    if not _meeting or _meeting[0][2] != os.getpid():
+        return None
+    group, rendezvous, _ = _meeting[0]
+    names = ("TORCHELASTIC_USE_AGENT_STORE", "MASTER_PORT")
+    is_told = [os.environ.get(name) for name in names] == ["True", str(rendezvous.port)]
+    return (group, rendezvous) if is_told else None
 
 
 class ProcessGroup:
@@ -188,11 +215,21 @@ class ProcessGroup:
         self._before: set[int] = set()
         self._mesh: DeviceMesh | None = None
         self._kept = False
+        self._initialised = 0
 
     def watch(self) -> None:
-        """Note which sockets are open before the run, so that none of them is ever cut."""
+        """Note which sockets are open before the next run, so that none of them is ever cut."""
         if not self._kept:
-            self._before = _open_sockets()
+            self._before = set(_open_sockets().values())
+
+    def enter(self, world: World) -> None:
+        """Get ready for a run: drop the last one's group unless it is kept; join none yet."""
+        self._initialised = 0
+        _meeting.clear()
+        if world.rendezvous is not None and world.rank_variables:
+            _meeting.append((self, world.rendezvous, os.getpid()))
+        if not (self._kept and world.keep_group):
+            self.drop()
 
     def join(self, world: World) -> None:
         """Initialise the default group for this run, unless a kept one is there."""
@@ -200,20 +237,15 @@ class ProcessGroup:
 
         rendezvous = world.rendezvous
         assert rendezvous is not None
-        if self._kept and dist.is_initialized():
-            return
         if dist.is_initialized():
-            self.drop()
-        if self._store is None:
-            self._store = self._connect(rendezvous)
+            return
         if world.backend == "nccl":
             import torch
 
             torch.cuda.set_device(world.local_rank)
-        prefix = f"pytest_ranks/{rendezvous.run}"
         dist.init_process_group(
             world.backend,
-            store=dist.PrefixStore(prefix, self._store),  # type: ignore[attr-defined]
+            store=self.next_store(rendezvous),
             rank=world.rank,
             world_size=world.world_size,
             timeout=timedelta(seconds=rendezvous.seconds),
@@ -224,32 +256,44 @@ class ProcessGroup:
     def meet(self, world: World) -> None:
         """Wait until every rank of a run over several controllers has come this far.
 
-        The ranks of one controller wait for its word; here nobody hears all of them but a store.
+        The ranks of one controller wait at their line; here nobody sees all of them but a store.
         """
         import torch.distributed as dist
 
         rendezvous = world.rendezvous
         assert rendezvous is not None
-        if self._store is None:
-            self._store = self._connect(rendezvous)
         name = f"pytest_ranks/{rendezvous.run}/start"
-        store = dist.PrefixStore(name, self._store)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(name, self._home(rendezvous))  # type: ignore[attr-defined]
         if store.add("arrived", 1) == world.world_size:
             store.set("all", "here")
         store.wait(["all"], timedelta(seconds=rendezvous.seconds))
 
-    def _connect(self, rendezvous: Rendezvous) -> TCPStore:
+    def next_store(self, rendezvous: Rendezvous) -> PrefixStore:
+        """Return the store of the process under a prefix that was never used.
+
+        A new connection would cost a reverse DNS look-up; under a used prefix gloo may read the
+        addresses of the group before ("connection refused").
+        """
         import torch.distributed as dist
 
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            rendezvous.host,
-            rendezvous.home_port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=rendezvous.seconds),
-        )
-        self.watch()
-        return store
+        prefix = f"pytest_ranks/{rendezvous.run}/{self._initialised}"
+        self._initialised += 1
+        return dist.PrefixStore(prefix, self._home(rendezvous))  # type: ignore[attr-defined]
+
+    def _home(self, rendezvous: Rendezvous) -> TCPStore:
+        """Return the connection that the process keeps, made at the first call."""
+        if self._store is None:
+            import torch.distributed as dist
+
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                rendezvous.host,
+                rendezvous.home_port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=rendezvous.seconds),
+            )
+            self.watch()
+        return self._store
 
     def mesh(self, world: World) -> DeviceMesh | None:
         """Return the mesh of the run, made at the first call on all ranks."""
@@ -285,7 +329,8 @@ class ProcessGroup:
         held: list[Any] = [dist.group.WORLD, *_compat.all_process_groups()]
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
-        threading.Thread(target=held.clear, name="pytest-ranks-drop", daemon=True).start()
+        # Not a `threading.Thread`, whose start waits until it runs.
+        _thread.start_new_thread(held.clear, ())
         del held
 
     def cut(self, store_ports: tuple[int, ...]) -> None:
@@ -296,10 +341,10 @@ class ProcessGroup:
         own is shut), the store's connections, what was open before the group, and sockets that
         are Python objects, which are the test's.
         """
-        ours = {
-            one.fileno() for one in gc.get_objects() if isinstance(one, socket.socket)
-        } | self._before
-        for fd in _open_sockets() - ours:
+        ours = {one.fileno() for one in gc.get_objects() if isinstance(one, socket.socket)}
+        for fd, inode in _open_sockets().items():
+            if fd in ours or inode in self._before:
+                continue
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as end:
                 if end.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
@@ -310,10 +355,12 @@ class ProcessGroup:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def _open_sockets() -> set[int]:
-    found = set()
+def _open_sockets() -> dict[int, int]:
+    """Return descriptor and inode of each open socket; a descriptor's number is used again."""
+    found = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                found.add(int(name))
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found[int(name)] = status.st_ino
     return found

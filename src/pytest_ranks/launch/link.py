@@ -32,12 +32,13 @@ from pytest_ranks.launch.processes import (
     read_tail,
     send_signal,
 )
+from pytest_ranks.launch.startline import StartLine
+from pytest_ranks.launch.stores import STORE_SECONDS, Stores
 from pytest_ranks.launch.wire import Channel, ChannelClosed, channel_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STORE_SECONDS = 300.0  # before the first one the zygote imports and collects
 END_SECONDS = 2.0
 STACKS_SECONDS = 0.5
 
@@ -106,7 +107,7 @@ class ZygoteLink:
         self._labels = itertools.count()
         self._handles: dict[int, RankHandle] = {}
         self._closed = False
-        self._stores: Channel | None = None
+        self._stores = Stores(lambda end: self._send(OpenStore(), (end.fileno(),)))
 
     @classmethod
     def start_forked(cls, serve: Callable[[Channel, int, int], NoReturn]) -> ZygoteLink:
@@ -171,14 +172,18 @@ class ZygoteLink:
     def prepare(self, request: Prepare | Configure, descriptors: tuple[int, ...] = ()) -> None:
         """Have the zygote import modules or become a pytest session; returns at once."""
         self._send(request, descriptors)
+        if isinstance(request, Prepare):
+            with contextlib.suppress(ChannelClosed):  # whoever takes it meets that again
+                self._stores.prepare()
 
     def collect(self, files: tuple[str, ...]) -> None:
         """Have the zygote collect test files; returns at once."""
         self._send(Collect(files=files))
 
-    def fork(self, world_size: int) -> list[RankHandle]:
+    def fork(self, world_size: int) -> tuple[list[RankHandle], StartLine]:
         """Ask for rank processes; they are there when their handles are ready."""
         handles = []
+        line, memory = StartLine.create(world_size)
         for rank in range(world_size):
             ours, theirs = channel_pair()
             handle = RankHandle(
@@ -191,9 +196,10 @@ class ZygoteLink:
             self._handles[handle.label] = handle
             handles.append(handle)
             request = Fork(label=handle.label, rank=rank, world_size=world_size)
-            self._send(request, (theirs.fileno(), handle.output, handle.stacks))
+            self._send(request, (theirs.fileno(), handle.output, handle.stacks, memory))
             theirs.close()
-        return handles
+        os.close(memory)
+        return handles, line
 
     def forget(self, handle: RankHandle) -> None:
         """Close a handle whose process has ended or is not of interest any more."""
@@ -227,14 +233,8 @@ class ZygoteLink:
         Raises:
             UnavailableError: torch cannot be imported, or the zygote ended.
         """
-        if self._stores is None:
-            ours, theirs = channel_pair()
-            self._send(OpenStore(), (theirs.fileno(),))
-            theirs.close()
-            self._stores = ours
         try:
-            self._stores.send(("open", 0))
-            answer, _ = self._stores.receive(STORE_SECONDS)
+            return self._stores.take()
         except ChannelClosed:
             raise self._ended() from None
         except TimeoutError:
@@ -242,9 +242,6 @@ class ZygoteLink:
                 f"the ranks could not start within {STORE_SECONDS:g} s. What the process that "
                 f"they are forked from wrote, and where it is:\n{self.stacks()}"
             ) from None
-        if isinstance(answer, str):
-            raise UnavailableError(f"no rendezvous store: {answer}")
-        return int(answer)
 
     def stacks(self) -> str:
         """Return what the zygote is doing, as Python stacks."""
@@ -255,11 +252,10 @@ class ZygoteLink:
             time.sleep(0.02)
         return read_tail(self._log)
 
-    def close_store(self, port: int) -> None:
-        """Give a store back."""
-        if self._stores is not None:
-            with contextlib.suppress(ChannelClosed):
-                self._stores.send(("close", port))
+    def close_store(self, port: int, *, is_used: bool = True) -> None:
+        """Give a store back; one that nobody may have used is looked at, and taken again."""
+        with contextlib.suppress(ChannelClosed):
+            self._stores.give_back(port, is_used=is_used)
 
     def close(self) -> None:
         """End the zygote and everything below it; does nothing in a fork of the controller."""
@@ -267,8 +263,7 @@ class ZygoteLink:
             return
         self._closed = True
         self.channel.close()
-        if self._stores is not None:
-            self._stores.close()
+        self._stores.close()
         for handle in list(self._handles.values()):
             self.forget(handle)
         if os.getpid() == self._owner:

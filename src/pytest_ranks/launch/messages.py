@@ -57,7 +57,10 @@ class OpenStore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fork:
-    """Fork one rank process; with it come its channel, its output file and its stacks file."""
+    """Fork one rank process.
+
+    With it come its channel, its output file, its stacks file and its start line's memory.
+    """
 
     label: int
     rank: int
@@ -191,11 +194,6 @@ class RunItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Go:
-    """Every rank has joined: the work may start, and a failure may cut connections."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TearDown:
     """Run the teardowns of all fixtures that are still alive on the rank."""
 
@@ -213,11 +211,6 @@ class Ready:
     """The rank listens; the descriptors of its captured output come along, if there are any."""
 
     main_thread: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
-    """The rank has joined its process group and waits for `Go`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.failures import START_SECONDS
-from pytest_ranks.launch.messages import Go, Leave, Ready, Started
+from pytest_ranks.launch.messages import Leave, Ready
 from pytest_ranks.launch.processes import read_tail
 from pytest_ranks.launch.wire import ChannelClosed
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.link import RankHandle, ZygoteLink
     from pytest_ranks.launch.outcome import ExpectedEnd
+    from pytest_ranks.launch.startline import StartLine
 
 # Seconds that ranks have for their own end after one rank failed; its sockets are cut by then, so
 # that only a rank that is not in a collective, or a very loaded machine, needs more than milliseconds.
@@ -89,7 +90,7 @@ class Ranks:
         self.world_size = world_size
         self.runs = 0
         self._link = link
-        self._handles = link.fork(world_size)
+        self._handles, self._line = link.fork(world_size)
 
     def native_threads(self) -> int:
         """Return how many threads the zygote had when the ranks were forked."""
@@ -134,10 +135,10 @@ class Ranks:
         self.runs += 1
         for handle in self._handles:
             os.ftruncate(handle.stacks, 0)
-        watch = _Watch(self._link, self._handles, is_last, is_failure, timeout, peers)
+        self._line.clear()
+        line = self._line if starts else None
+        watch = _Watch(self._link, self._handles, line, is_last, is_failure, timeout, peers)
         watch.expected_ends = expected_ends or {}
-        if not starts:
-            watch.limit = time.monotonic() + timeout
         try:
             for handle in self._handles:
                 try:
@@ -175,6 +176,7 @@ class Ranks:
 
     def forget(self) -> None:
         """Give back all descriptors."""
+        self._line.close()
         for handle in self._handles:
             self._link.forget(handle)
 
@@ -186,6 +188,7 @@ class _Watch:
         self,
         link: ZygoteLink,
         handles: list[RankHandle],
+        line: StartLine | None,
         is_last: Callable[[Any], bool],
         is_failure: Callable[[Any], bool],
         timeout: float,
@@ -196,11 +199,16 @@ class _Watch:
         self._handles = handles
         self._is_last = is_last
         self._is_failure = is_failure
+        self._line = line
         self._timeout = timeout
         self._peers = peers
-        self.limit = time.monotonic() + START_SECONDS
         self.expected_ends: Mapping[int, ExpectedEnd] = {}
-        self._started: set[int] = set()
+        now = time.monotonic()
+        # The deadline counts from the start of the work. That it has started is read in shared
+        # memory, when the time would be up or a message wakes us anyway.
+        self._unready = now + START_SECONDS
+        self._started: float | None = now if line is None else None
+        self._look = now + timeout
         self._grace: float | None = None
         self._probe: float | None = None
         self._places: list[str] = []
@@ -212,35 +220,46 @@ class _Watch:
             self._give_grace()
         while waiting := [run for run in self.runs if not (run.done or run.crashed)]:
             now = time.monotonic()
-            grace = self.limit if self._grace is None else self._grace
-            if now >= self.limit:
+            limit = self._limit(now)
+            grace = limit if self._grace is None else self._grace
+            if now >= limit:
                 timed_out = True
-                is_started = len(self._started) == len(self.runs)
-                self._stop(waiting, "deadline" if is_started else "unready")
+                self._stop(waiting, "unready" if self._started is None else "deadline")
                 break
             if now >= grace:
                 self._stop(waiting, "collateral")
                 break
-            probe = self._next_probe(waiting, now)
+            probe = self._next_probe(waiting, now, limit)
             if now >= probe:
                 if self._are_abandoned(waiting):
                     timed_out = True
                     self._stop(waiting, "abandoned")
                     break
                 probe = self._probe = time.monotonic() + PROBE_SECONDS
-            self._step(max(0.0, min(self.limit, grace, probe) - now))
+            self._step(max(0.0, min(self._look, limit, grace, probe) - now))
         for handle, run in zip(self._handles, self.runs, strict=True):
             if run.done:
                 run.output = read_tail(handle.output)
         return timed_out
 
-    def _next_probe(self, waiting: list[RankRun], now: float) -> float:
+    def _limit(self, now: float) -> float:
+        """Return when the time is up, as far as that is known now."""
+        if self._started is None and self._line is not None:
+            self._started = self._line.all_arrived()
+        if self._started is not None:
+            self._look = self._started + self._timeout
+            return self._look
+        if now >= self._look:
+            self._look = now + min(self._timeout, PROBE_SECONDS)
+        return self._unready
+
+    def _next_probe(self, waiting: list[RankRun], now: float, limit: float) -> float:
         """Return when to look at ranks that are left while others have finished."""
         have_peers_finished = self._peers is not None and self._peers.has_finished()
         if len(waiting) == len(self.runs) and not have_peers_finished:
-            return self.limit
+            return limit
         if self.expected_ends:  # a survivor may well wait for its group's own timeout
-            return self.limit
+            return limit
         if self._probe is None:
             self._probe = now + PROBE_SECONDS
         return self._probe
@@ -315,21 +334,10 @@ class _Watch:
             handle.ready, handle.main_thread = True, message.main_thread
             handle.captured = descriptors
             return
-        if isinstance(message, Started):
-            self._started.add(run.rank)
-            if len(self._started) == len(self.runs):
-                self._release()
-            return
         run.messages.append(message)
         run.done = run.done or self._is_last(message)
         if self._is_failure(message):
             self._fail()
-
-    def _release(self) -> None:
-        self.limit = time.monotonic() + self._timeout
-        for handle in self._handles:
-            with contextlib.suppress(ChannelClosed):  # its pidfd tells
-                handle.channel.send(Go())
 
     def _await_end(self, handle: RankHandle) -> None:
         end = time.monotonic() + STATUS_SECONDS

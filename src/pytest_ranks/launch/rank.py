@@ -27,18 +27,17 @@ from pytest_ranks.launch.group import (
 )
 from pytest_ranks.launch.messages import (
     Finished,
-    Go,
     Leave,
     Raised,
     Ready,
     Returned,
     RunFunction,
     RunItem,
-    Started,
     TearDown,
     World,
 )
 from pytest_ranks.launch.processes import STACKS_SIGNAL
+from pytest_ranks.launch.startline import StartLine
 from pytest_ranks.launch.wire import Channel, ChannelClosed
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ class RankContext:
         world_size: number of ranks.
         backend: the process group's backend.
         fidelity: how real the ranks are: "gloo", "device", or what the session chose.
-        shared_tmp_path: a folder that is the same for all ranks of the test.
     """
 
     index: int
@@ -64,7 +62,6 @@ class RankContext:
     world_size: int
     backend: str
     fidelity: str
-    shared_tmp_path: Path
     _dimensions: tuple[tuple[str, int], ...]
     _group: ProcessGroup
     _world: World
@@ -80,6 +77,13 @@ class RankContext:
         return (
             torch.device("cuda", self.local_rank) if self.backend == "nccl" else torch.device("cpu")
         )
+
+    @property
+    def shared_tmp_path(self) -> Path:
+        """A folder that is the same for all ranks of the test, made when first asked for."""
+        folder = Path(self._world.shared_tmp_path or os.curdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -142,11 +146,17 @@ class Rank:
     """One rank process, from its fork to its end."""
 
     def __init__(
-        self, channel: Channel, output: int, stacks: int, items: ItemRunner | None
+        self,
+        channel: Channel,
+        output: int,
+        stacks: int,
+        line: StartLine,
+        items: ItemRunner | None,
     ) -> None:
         self._channel = channel
         self._output = output
         self._stacks = stacks
+        self._line = line
         self._items = items
         self._group = ProcessGroup()
         self._cut = False
@@ -182,9 +192,7 @@ class Rank:
         self._register_stacks()
         self._cut = False
         self._enter(request.world)
-        self._channel.send(Started())
-        answer, _ = self._channel.receive()
-        assert isinstance(answer, Go)
+        self._line.cross()
         if isinstance(request, RunFunction):
             value = self._call(request)
             coverage.save()
@@ -197,13 +205,14 @@ class Rank:
         coverage.save()
         # The group stays until the next run: a peer may still be in its last collective.
         self._channel.send(finished)
+        self._group.watch()
 
     def _enter(self, world: World) -> None:
         self._world = world
         if world.environment:
             os.environ.update(world.environment)
         export_rank_variables(world)
-        self._group.watch()
+        self._group.enter(world)
         if world.init and world.rank_variables:
             self._group.join(world)
         seed_everything()
@@ -214,7 +223,6 @@ class Rank:
                 world_size=world.world_size,
                 backend=world.backend,
                 fidelity=world.fidelity,
-                shared_tmp_path=Path(world.shared_tmp_path or os.curdir),
                 _dimensions=world.mesh,
                 _group=self._group,
                 _world=world,

@@ -158,7 +158,6 @@ class RankService:
         number = self._pools.next_number()
         folder = _compat.base_temp(self._session.config) / "ranks"
         shared = folder / f"shared{number}"
-        shared.mkdir(parents=True)
         port = self._link.open_store()
         rendezvous = Rendezvous(
             run=number,
@@ -197,9 +196,10 @@ class RankService:
             )
         except BaseException:
             self._pools.kill(pool)
-            raise
-        finally:
             self._link.close_store(port)
+            raise
+        is_used = any(not isinstance(said, Finished) for run in runs for said in run.messages)
+        self._link.close_store(port, is_used=is_used)
         return self._item_run(pool, runs)
 
     def settle(self, request: ItemRequest, done: ItemRun, *, is_clean: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -78,6 +79,7 @@ class RankSession:
         except BaseException as error:
             self._errors[""] = f"{type(error).__name__}: {error}"
         self._warnings.clear()  # the controller's own collection recorded the same
+        gc.freeze()  # else a collection in a rank would walk, and copy, all that was imported
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -330,6 +332,8 @@ def _plain(value: object) -> object:
 
 
 def _is_plain(value: object) -> bool:
+    if value is None or isinstance(value, str | int | float):
+        return True
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         json.dumps(value)
         return True

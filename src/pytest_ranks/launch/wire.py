@@ -58,8 +58,10 @@ class Channel:
         header = _HEADER.pack(len(data), len(descriptors))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
-            self._socket.sendmsg([header], rights if descriptors else [])
-            self._socket.sendall(data)
+            # in one piece, so that the other end wakes up once
+            sent = self._socket.sendmsg([header, data], rights if descriptors else [])
+            if sent < len(header) + len(data):
+                self._socket.sendall((header + data)[sent:])
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed(str(error)) from error
 

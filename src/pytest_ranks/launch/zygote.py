@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.group import (
-    LOOPBACK,
     early_variables,
     let_tests_initialise,
     scrub_rank_variables,
@@ -40,6 +39,8 @@ from pytest_ranks.launch.processes import (
     send_signal,
 )
 from pytest_ranks.launch.rank import ItemRunner, Rank
+from pytest_ranks.launch.startline import StartLine
+from pytest_ranks.launch.stores import serve_stores
 from pytest_ranks.launch.wire import Channel, ChannelClosed
 
 if TYPE_CHECKING:
@@ -144,14 +145,14 @@ class Zygote:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_rank(descriptors, parent)
+            self._become_rank(request, descriptors, parent)
         pidfd = os.pidfd_open(pid)
         self._ranks[pidfd] = (pid, request.label)
         for fd in descriptors:
             os.close(fd)
         self._channel.send(Forked(label=request.label, pid=pid, native_threads=threads), (pidfd,))
 
-    def _become_rank(self, descriptors: tuple[int, ...], parent: int) -> NoReturn:
+    def _become_rank(self, request: Fork, descriptors: tuple[int, ...], parent: int) -> NoReturn:
         try:
             os.setsid()  # Ctrl-C goes to the controller alone, which drives the end
             die_with_parent(parent)
@@ -159,15 +160,17 @@ class Zygote:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for fd in (self._channel.fileno(), self._controller, *self._ranks):
                 os.close(fd)
-            channel, output, stacks = descriptors
+            channel, output, stacks, line = descriptors
             if self._items is None:
                 os.dup2(output, 1)
                 os.dup2(output, 2)
                 for stream in (sys.stdout, sys.stderr):
                     if isinstance(stream, io.TextIOWrapper):  # so that a killed rank's lines stay
                         stream.reconfigure(line_buffering=True)
+            start = StartLine(line, request.world_size, place=request.rank)
+            os.close(line)
             coverage.start(self._coverage)
-            Rank(Channel.from_fd(channel), output, stacks, self._items).serve()
+            Rank(Channel.from_fd(channel), output, stacks, start, self._items).serve()
         finally:
             os._exit(70)  # EX_SOFTWARE
 
@@ -180,7 +183,7 @@ class Zygote:
                 die_with_parent(parent)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.close(self._channel.fileno())
-                _serve_stores(Channel.from_fd(channel))
+                serve_stores(Channel.from_fd(channel))
             finally:
                 os._exit(0)
         os.close(channel)
@@ -227,27 +230,6 @@ def _prepare(request: Prepare) -> None:
                 getattr(found, name)
     gc.collect()
     gc.freeze()  # so that a collection in a rank does not copy every shared page
-
-
-def _serve_stores(channel: Channel) -> None:
-    """Open a TCP store on port 0 for each request."""
-    stores: dict[int, object] = {}
-    while True:
-        (verb, port), _ = channel.receive()
-        if verb == "close":
-            stores.pop(port, None)
-            continue
-        try:
-            import torch.distributed as dist
-
-            store = dist.TCPStore(  # type: ignore[attr-defined]
-                LOOPBACK, 0, is_master=True, wait_for_workers=False
-            )
-        except Exception as error:
-            channel.send(f"{type(error).__name__}: {error}")
-            continue
-        stores[store.port] = store
-        channel.send(store.port)
 
 
 def start_guardian(ends: Ends) -> None:
