@@ -25,6 +25,7 @@ FLOORS = (
         "errors",
         "__init__",
         "_compat",
+        "_compat_fidelity",
         "launch.spec",
         "launch.wire",
         "launch.messages",
@@ -54,6 +55,7 @@ FLOORS = (
 )
 # Rooms on one floor of which the first may know the second.
 NEIGHBOURS = {
+    "_compat_fidelity": {"errors"},
     "launch.wire": {"errors", "_compat"},
     "launch.messages": {"errors", "_compat"},
     "launch.spec": {"errors", "_compat", "launch.fidelity.ladder"},
@@ -74,6 +76,8 @@ RANK_MODULES = {
     "launch": "the folder",
     "launch.wire": "the socket to the controller",
     "launch.messages": "what is said over it",
+    "launch.fidelity": "the folder",
+    "launch.fidelity.ladder": "which fidelities one process plays",
     "launch.hygiene": "what a test left behind",
     "launch.group": "the process group that the rank joins",
     "launch.startline": "where the ranks of a run wait for each other",

@@ -21,6 +21,10 @@ class UnavailableError(RanksError):
     """Something that this machine or this installation does not have; the text names it."""
 
 
+class FidelityError(RanksError):
+    """Something that ranks of this fidelity cannot show; the text says why and what can."""
+
+
 class RankFailure(RanksError):
     """A function or script on ranks failed.
 

@@ -129,7 +129,7 @@ MARKS = (
         name="ranks",
         # Written out, so that a session without such a mark imports nothing of the engine.
         signature="(world_size=None, /, *, dp=None, tp=None, pp=None, cp=None, ep=None, "
-        "timeout=None, backend=None, isolate=False, fidelity=None, lowest_fidelity=None, "
+        "timeout=None, backend=None, isolate=False, fidelity=None, lowest_fidelity=None, as_rank=None, "
         "expect_deaths=None)",
         text="run the test on this many rank processes. world_size: a number, or several for one "
         "test item each; dp, tp, pp, cp, ep: sizes of a device mesh, in this order as written; a "
@@ -290,8 +290,7 @@ def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> RankSpec:
         )
     spec: RankSpec = parameters.get(RANKS_PARAMETER, specs[0])
     chosen = settings(item.config)
-    if len({one.fidelity for one in specs}) == 1:  # else the item's id names its fidelity
-        spec = _at_fidelity(spec, chosen)
+    spec = _at_fidelity(spec, chosen)
     if spec.is_limited and spec.world_size > chosen.max_world_size:
         source = chosen.source("max_world_size")
         raise BadInputError(

@@ -162,7 +162,7 @@ TABLE = (
         ini="string",
         env=True,
         parse=_parse_fidelity,
-        expected="gloo or device",
+        expected="fake, local_tensor, gloo or device",
         example="gloo",
         shown="what the mark says",
     ),

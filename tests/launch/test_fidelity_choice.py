@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pytest_ranks.errors import BadInputError
@@ -18,9 +20,9 @@ def test_a_mark_that_says_nothing_is_valid_on_gloo_only():
 def test_a_backend_implies_its_fidelity_and_the_other_way_round():
     (by_backend,) = ranks(2, backend="nccl")
     (by_fidelity,) = ranks(2, fidelity="device")
-    assert by_backend == by_fidelity
+    assert replace(by_backend, is_pinned=True) == by_fidelity
     assert by_fidelity == RankSpec(
-        world_size=2, backend="nccl", fidelity="device", lowest_fidelity="device"
+        world_size=2, backend="nccl", fidelity="device", lowest_fidelity="device", is_pinned=True
     )
     assert not ladder.is_allowed(by_fidelity, "gloo")
 
@@ -28,6 +30,20 @@ def test_a_backend_implies_its_fidelity_and_the_other_way_round():
 def test_the_lowest_fidelity_alone_lifts_the_default():
     (spec,) = ranks(2, lowest_fidelity="device")
     assert (spec.fidelity, spec.backend) == ("device", "nccl")
+
+
+def test_a_mark_that_names_a_fidelity_alone_leaves_the_session_no_say():
+    (pinned,) = ranks(2, fidelity="fake")
+    (free,) = ranks(2, fidelity="fake", lowest_fidelity="fake")
+    assert not ladder.is_allowed(pinned, "gloo")
+    assert ladder.is_allowed(free, "gloo")
+    assert ladder.at(free, "gloo") == replace(free, fidelity="gloo")
+
+
+def test_what_one_process_plays_is_no_wider_than_one_process():
+    (fake,) = ranks(65536, fidelity="fake", as_rank=7)
+    assert (fake.processes, fake.is_limited, fake.as_rank) == (1, False, 7)
+    assert ladder.at(fake, "local_tensor").as_rank == 0
 
 
 def test_several_fidelities_are_one_spec_each_and_the_lowest_named_is_valid():
@@ -71,6 +87,20 @@ NAMES = ", ".join(map(repr, ladder.FIDELITIES))
         (
             {"fidelity": "device", "backend": "gloo"},
             "ranks(fidelity='device', backend='gloo'): expected backend 'nccl' or none.",
+        ),
+        (
+            {"as_rank": 2, "fidelity": "fake"},
+            "ranks(as_rank=2): expected a rank of the world, 0 to 1.",
+        ),
+        (
+            {"as_rank": 1},
+            "ranks(as_rank=1): only a body at fidelity='fake' plays one rank of many; at the "
+            "others every rank plays itself.",
+        ),
+        (
+            {"expect_deaths": {0: "SIGKILL"}, "fidelity": "fake"},
+            "ranks(expect_deaths=...): at fidelity 'fake' one process plays all ranks, so none "
+            "dies alone; expected lowest_fidelity 'gloo' or above.",
         ),
     ],
 )

@@ -33,7 +33,15 @@ def test_the_signature_that_users_read_is_the_functions_own():
     assert names == [
         "world_size",
         *("dp", "tp", "pp", "cp", "ep"),
-        *("timeout", "backend", "isolate", "fidelity", "lowest_fidelity", "expect_deaths"),
+        *(
+            "timeout",
+            "backend",
+            "isolate",
+            "fidelity",
+            "lowest_fidelity",
+            "as_rank",
+            "expect_deaths",
+        ),
     ]
     assert all(name in SIGNATURE for name in names)
 
@@ -101,6 +109,7 @@ def test_the_signature_that_users_read_is_the_functions_own():
             {"timout": 3},
             "ranks(timout=...): unknown argument 'timout', expected one of 'dp', 'tp', 'pp', "
             "'cp', 'ep', 'timeout', 'backend', 'isolate', 'fidelity', 'lowest_fidelity', "
+            "'as_rank', "
             "'expect_deaths'. Did you mean 'timeout'?",
         ),
     ],

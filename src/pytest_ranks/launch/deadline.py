@@ -125,6 +125,18 @@ def main_frames(dump: str, main_thread: int) -> list[tuple[str, int, str]]:
     return frames
 
 
+def only_thread(dump: str, thread: int) -> str:
+    """Return the part of a dump that is about one thread, empty where it is not in there."""
+    kept: list[str] = []
+    is_asked = False
+    for text in dump.splitlines():
+        if (head := _THREAD.match(text)) is not None:
+            is_asked = int(head[1], 16) == thread
+        if is_asked:
+            kept.append(text)
+    return "\n".join(kept)
+
+
 def trim(dump: str) -> str:
     """Return a dump without the frames of pytest, of the rank's loop, and without extensions."""
     kept = []

@@ -235,6 +235,13 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
     return f"rank {first.rank} of {world_size} {verb}{others}: {first.headline}"
 
 
+def headline_of_one(failure: Failure, who: str, *, timeout: float) -> str:
+    """Return the one line for a body that ran once, for one rank of many or for all of them."""
+    if failure.kind == "deadline":
+        return f"timed out after {timeout:g} s: {who} {failure.headline}"
+    return f"{who} failed: {failure.headline}"
+
+
 def _others(failures: Sequence[Failure], world_size: int) -> list[int]:
     return sorted(set(range(world_size)) - {one.rank for one in failures})
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks import _compat
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import (  # type: ignore[attr-defined]
         PrefixStore,
         TCPStore,
@@ -157,6 +159,23 @@ _ours: list[ProcessGroup] = []
 _meeting: list[tuple[ProcessGroup, Rendezvous, int]] = []
 
 
+# What a test's own `init_process_group()` does where one process plays several ranks.
+_instead: list[Callable[[], None]] = []
+
+
+def initialise_by(join: Callable[[], None]) -> None:
+    """Have every `init_process_group()` of a test in this process do this."""
+    _instead[:] = [join]
+
+
+def original_init() -> Callable[..., None]:
+    """Return torch's own `init_process_group`."""
+    import torch.distributed as dist
+
+    found: Callable[..., None] = dist.init_process_group
+    return getattr(found, "__wrapped__", found)
+
+
 def let_tests_initialise() -> None:
     """Have a plain `init_process_group()` in a test replace the group that the run came with.
 
@@ -172,6 +191,8 @@ def let_tests_initialise() -> None:
 
     @functools.wraps(original)
     def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        if _instead:
+            return _instead[0]()
         if _ours:
             _ours[0].drop()
         says_where = len(args) > 1 or kwargs.get("store") or kwargs.get("device_mesh")

@@ -17,6 +17,7 @@ import pytest
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, UnavailableError
 from pytest_ranks.launch import deaths, reports, scopes
+from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
 from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
@@ -159,6 +160,7 @@ class RankItems:
             notes=done.notes,
             explanations=done.explanations,
             fidelity=request.spec.fidelity,
+            played=unfold.played(request.spec),
             expected_ends=deaths.expected_ends(request.spec),
         )
         decided = reports.decide(item, done.runs, context)

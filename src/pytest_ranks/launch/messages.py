@@ -214,6 +214,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Playing:
+    """This process plays several ranks from now on: the thread of each, by rank."""
+
+    threads: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Returned:
     """The function returned; `value` is its pickled result."""
 
@@ -263,6 +270,14 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfRank:
+    """What one of several ranks that a process plays says: a Phase, Finished or Raised."""
+
+    rank: int
+    message: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Warned:
     """A warning that pytest recorded on the rank."""
 
@@ -285,6 +300,7 @@ class Finished:
         missing: why the item was not found, None where it was.
         sequence: how many collectives the kept group has issued, None where it was not kept.
         errors: what failed outside of a phase.
+        sections: what was captured of several ranks together, with titles.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -292,3 +308,4 @@ class Finished:
     missing: str | None = None
     sequence: int | None = None
     errors: tuple[str, ...] = ()
+    sections: tuple[tuple[str, str], ...] = ()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.failures import START_SECONDS
-from pytest_ranks.launch.messages import Leave, Ready
+from pytest_ranks.launch.messages import Leave, Playing, Ready
 from pytest_ranks.launch.processes import read_tail
 from pytest_ranks.launch.wire import ChannelClosed
 
@@ -49,6 +49,7 @@ class RankRun:
         captured: the end of what pytest's capture held when the process ended.
         stacks: dump of all its threads, or of the fatal error that ended it.
         where: one line on where its main thread was.
+        threads: the threads that play ranks, where the process plays several.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class RankRun:
     captured: str = ""
     stacks: str = ""
     where: deadline.Where | None = None
+    threads: tuple[int, ...] = ()
 
 
 class Peers(Protocol):
@@ -333,6 +335,9 @@ class _Watch:
         if isinstance(message, Ready):
             handle.ready, handle.main_thread = True, message.main_thread
             handle.captured = descriptors
+            return
+        if isinstance(message, Playing):
+            run.threads = message.threads
             return
         run.messages.append(message)
         run.done = run.done or self._is_last(message)

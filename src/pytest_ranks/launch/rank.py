@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks import _compat
-from pytest_ranks.errors import UnavailableError
+from pytest_ranks.errors import FidelityError, UnavailableError
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of, is_plumbing
+from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.group import (
     ProcessGroup,
     export_rank_variables,
@@ -28,6 +29,7 @@ from pytest_ranks.launch.group import (
 from pytest_ranks.launch.messages import (
     Finished,
     Leave,
+    Playing,
     Raised,
     Ready,
     Returned,
@@ -43,6 +45,8 @@ from pytest_ranks.launch.wire import Channel, ChannelClosed
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
+
+    from pytest_ranks.launch.fidelity.host import Host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -91,7 +95,11 @@ class RankContext:
         return self._group.mesh(self._world)
 
     def gather(self, value: object) -> list[Any]:
-        """Return the values of all ranks, in order of rank, on every rank."""
+        """Return the values of all ranks, in order of rank, on every rank.
+
+        Raises:
+            FidelityError: the ranks of this fidelity have no values of their own.
+        """
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.world_size
@@ -103,6 +111,20 @@ class RankContext:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+class RankOfAll(RankContext):
+    """The context of a body that runs once for all ranks: it has no number."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("index", "local_rank"):
+            from pytest_ranks.launch.fidelity.local_tensor import NO_NUMBER
+
+            raise FidelityError(NO_NUMBER)
+        return super().__getattribute__(name)
+
+    def __repr__(self) -> str:
+        return f"<all {self.world_size} ranks>"
 
 
 _current: list[RankContext] = []  # none outside of a run, else one
@@ -120,6 +142,26 @@ def current_rank() -> RankContext:
             "@pytest.mark.ranks(...) and inside functions that run on ranks."
         )
     return _current[0]
+
+
+def context_of(world: World, group: ProcessGroup) -> RankContext:
+    """Return what a test knows of a rank at this place in the world."""
+    kind = RankOfAll if world.fidelity == "local_tensor" else RankContext
+    return kind(
+        index=world.rank,
+        local_rank=world.local_rank,
+        world_size=world.world_size,
+        backend=world.backend,
+        fidelity=world.fidelity,
+        _dimensions=world.mesh,
+        _group=group,
+        _world=world,
+    )
+
+
+def set_current(context: RankContext) -> None:
+    """Have `current_rank()` return this context, everywhere in this process."""
+    _current[:] = [context]
 
 
 class ItemRunner(Protocol):
@@ -160,6 +202,7 @@ class Rank:
         self._items = items
         self._group = ProcessGroup()
         self._cut = False
+        self._host: Host | None = None
         self._world = World(rank=0, world_size=1)
 
     def serve(self) -> None:
@@ -199,7 +242,8 @@ class Rank:
             self._channel.send(Returned(value=value))
             return
         assert self._items is not None
-        finished = self._items.run(request, self._fail)
+        with self._around(request.world):
+            finished = self._items.run(request, self._fail)
         if request.world.keep_group:
             finished = replace(finished, sequence=self._group.sequence())
         coverage.save()
@@ -213,25 +257,37 @@ class Rank:
             os.environ.update(world.environment)
         export_rank_variables(world)
         self._group.enter(world)
-        if world.init and world.rank_variables:
+        if world.fidelity in HOSTED:
+            self._take_host().join(world)
+        elif world.init and world.rank_variables:
             self._group.join(world)
         seed_everything()
-        _current[:] = [
-            RankContext(
-                index=world.rank,
-                local_rank=world.local_rank,
-                world_size=world.world_size,
-                backend=world.backend,
-                fidelity=world.fidelity,
-                _dimensions=world.mesh,
-                _group=self._group,
-                _world=world,
-            )
-        ]
+        if world.fidelity in HOSTED:
+            self._begin_to_play(world)
+            return
+        _current[:] = [context_of(world, self._group)]
         if world.mesh:
             self._group.mesh(world)
         if world.place is not None:
             self._group.meet(world)
+
+    def _begin_to_play(self, world: World) -> None:
+        threads = self._take_host().begin(world)
+        if threads:
+            self._channel.send(Playing(threads=threads))
+
+    def _take_host(self) -> Host:
+        if self._host is None:
+            from pytest_ranks.launch.fidelity.host import Host
+
+            self._host = Host()
+        return self._host
+
+    def _around(self, world: World) -> contextlib.AbstractContextManager[Any]:
+        """Return what surrounds the fixtures and the body of a test."""
+        if world.fidelity in HOSTED:
+            return self._take_host().around(world)
+        return contextlib.nullcontext()
 
     def _call(self, request: RunFunction) -> bytes:
         for entry in request.sys_path:
@@ -256,7 +312,7 @@ class Rank:
         if isinstance(message, Raised):  # the last thing that this rank says
             coverage.save()
         self._channel.send(message)
-        if not self._cut:
+        if not self._cut and self._world.fidelity not in HOSTED:
             self._cut = True
             rendezvous = self._world.rendezvous
             ports = (rendezvous.port, rendezvous.home_port) if rendezvous is not None else ()

@@ -41,6 +41,7 @@ class Context:
             stand right below the headline.
         expected_ends: rank -> how its process has to end.
         fidelity: how real the ranks were.
+        played: whom one body stood for, nothing where every rank had its own.
     """
 
     timeout: float
@@ -49,6 +50,7 @@ class Context:
     explanations: Sequence[str] = ()
     expected_ends: Mapping[int, ExpectedEnd] = field(default_factory=dict)
     fidelity: str = "gloo"
+    played: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +249,8 @@ def _head(first: Sequence[Failure], results: list[RankResult], word: str, contex
     others_left = any(result.status in ("skipped", "xfailed") for result in results)
     if word == "disagree" or (others_left and all(one.is_collateral for one in first)):
         head = _disagreement(results, first)
+    elif context.played:
+        head = failures.headline_of_one(first[0], context.played, timeout=context.timeout)
     else:
         head = failures.headline(first, world_size=len(results), timeout=context.timeout)
     return head if context.fidelity == "gloo" else f"fidelity {context.fidelity}: {head}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks import _compat
 from pytest_ranks.launch import deaths, failures
+from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.messages import (
     Finished,
     Phase,
@@ -169,7 +170,7 @@ class RankService:
 
         def message(rank: int) -> RunItem:
             world = World(
-                rank=rank,
+                rank=rank + spec.as_rank,
                 world_size=spec.world_size,
                 backend=spec.backend,
                 mesh=spec.mesh,
@@ -200,7 +201,7 @@ class RankService:
             raise
         is_used = any(not isinstance(said, Finished) for run in runs for said in run.messages)
         self._link.close_store(port, is_used=is_used)
-        return self._item_run(pool, runs)
+        return self._item_run(pool, runs, spec)
 
     def settle(self, request: ItemRequest, done: ItemRun, *, is_clean: bool) -> list[str]:
         """Keep the pool where that is safe, else end it; return what its last teardowns raised."""
@@ -220,9 +221,12 @@ class RankService:
         self._pools.retire(pool)
         return errors
 
-    def _item_run(self, pool: Pool, runs: list[RankRun]) -> ItemRun:
+    def _item_run(self, pool: Pool, runs: list[RankRun], spec: RankSpec) -> ItemRun:
         return ItemRun(
-            pool=pool, runs=runs, notes=self._notes(pool), explanations=pool.ranks.explain()
+            pool=pool,
+            runs=unfold.unfold(runs, spec),
+            notes=self._notes(pool),
+            explanations=[*pool.ranks.explain(), *unfold.explanations(runs, spec)],
         )
 
     def _notes(self, pool: Pool) -> list[str]:
@@ -288,8 +292,9 @@ def is_last(message: object) -> bool:
     return isinstance(message, Finished | Raised)
 
 
-def is_failure(message: object) -> bool:
+def is_failure(carried: object) -> bool:
     """Return whether a rank says that it failed, so that its peers need not go on."""
+    message = unfold.reporter(carried)
     if isinstance(message, Phase):
         return message.outcome == "failed"
     return isinstance(message, Raised) or (

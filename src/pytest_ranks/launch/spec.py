@@ -16,7 +16,7 @@ DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, 
 SIGNATURE = (
     "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
     "cp=None, ep=None, timeout=None, backend=None, isolate=False, fidelity=None, "
-    "lowest_fidelity=None, expect_deaths=None)"
+    "lowest_fidelity=None, as_rank=None, expect_deaths=None)"
 )
 
 
@@ -30,8 +30,10 @@ class RankSpec:
         backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
         timeout: seconds for the item after its ranks are ready, or None for the default.
         isolate: whether the item gets freshly forked ranks of its own.
-        fidelity: how real the ranks are: "gloo" (processes on CPU) or "device".
+        fidelity: how real the ranks are, one of `ladder.FIDELITIES`.
         lowest_fidelity: the lowest fidelity that the test is valid on.
+        is_pinned: whether the session has no say in the fidelity.
+        as_rank: which rank the body plays at fidelity "fake".
         expect_deaths: ranks whose processes have to end, each with the name of the signal or the
             exit code.
     """
@@ -43,6 +45,8 @@ class RankSpec:
     isolate: bool = False
     fidelity: str = ladder.DEFAULT
     lowest_fidelity: str = ladder.DEFAULT
+    is_pinned: bool = False
+    as_rank: int = 0
     expect_deaths: tuple[tuple[int, str | int], ...] = ()
 
     @property
@@ -65,6 +69,7 @@ def ranks(
     isolate: bool = False,
     fidelity: str | Sequence[str] | None = None,
     lowest_fidelity: str | None = None,
+    as_rank: int | None = None,
     expect_deaths: Mapping[int, str | int] | None = None,
     **mesh: int | None,
 ) -> tuple[RankSpec, ...]:
@@ -77,6 +82,7 @@ def ranks(
         isolate: give the test freshly forked ranks, kept by no other test.
         fidelity: how real the ranks are, or several for one test item each.
         lowest_fidelity: the lowest fidelity that the test is valid on.
+        as_rank: which rank the body plays at fidelity "fake", which runs for one only.
         expect_deaths: rank -> signal, such as "SIGKILL", or exit code, that has to end its process.
         mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, `cp`, `ep`, in the order of the mesh.
 
@@ -95,7 +101,9 @@ def ranks(
     if not isinstance(isolate, bool):
         raise BadInputError(f"ranks(isolate={isolate!r}): expected True or False.")
     levels = ladder.levels(fidelity, lowest_fidelity, backend)
+    played = ladder.check_as_rank(as_rank, [level.fidelity for level in levels], sizes)
     deaths = _deaths(expect_deaths, min(sizes))
+    ladder.check_deaths(deaths, levels)
     return tuple(
         RankSpec(
             world_size=size,
@@ -105,6 +113,8 @@ def ranks(
             isolate=isolate,
             fidelity=level.fidelity,
             lowest_fidelity=level.lowest,
+            is_pinned=level.is_pinned,
+            as_rank=played,
             expect_deaths=deaths,
         )
         for size in sizes
@@ -196,7 +206,15 @@ def check_environment(env: object) -> None:
 def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
     known = (
         *DIMENSIONS,
-        *("timeout", "backend", "isolate", "fidelity", "lowest_fidelity", "expect_deaths"),
+        *(
+            "timeout",
+            "backend",
+            "isolate",
+            "fidelity",
+            "lowest_fidelity",
+            "as_rank",
+            "expect_deaths",
+        ),
     )
     for name in mesh:
         if name not in DIMENSIONS:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # What a lower one cannot show, each higher one can; `simulated` is gloo on a device that is not
 # there, so it lies between real processes and real devices.
-FIDELITIES = ("gloo", "device")
+FIDELITIES = ("fake", "local_tensor", "gloo", "device")
 # All ranks in one process; each of the others has a process a rank.
 HOSTED = ("fake", "local_tensor", "threads")
 # A body that runs once for all ranks costs no process a rank: the limit on them does not apply.
@@ -30,11 +30,13 @@ class Level:
         fidelity: its name.
         lowest: the lowest fidelity that the test is valid on.
         backend: of the process group.
+        is_pinned: whether the session has no say, because the mark names the fidelity alone.
     """
 
     fidelity: str
     lowest: str
     backend: str
+    is_pinned: bool
 
 
 def levels(fidelity: object, lowest_fidelity: object, backend: str | None) -> tuple[Level, ...]:
@@ -66,7 +68,46 @@ def levels(fidelity: object, lowest_fidelity: object, backend: str | None) -> tu
                 f"ranks(fidelity={name!r}, backend={backend!r}): expected backend "
                 f"{_backend_of(name)!r} or none."
             )
-    return tuple(Level(fidelity=one, lowest=lowest, backend=_backend_of(one)) for one in names)
+    is_pinned = len(names) > 1 or (fidelity is not None and lowest_fidelity is None)
+    return tuple(
+        Level(fidelity=one, lowest=lowest, backend=_backend_of(one), is_pinned=is_pinned)
+        for one in names
+    )
+
+
+def check_as_rank(as_rank: object, names: Sequence[str], sizes: Sequence[int]) -> int:
+    """Return the rank that a body at fidelity "fake" plays.
+
+    Raises:
+        BadInputError: it is no rank of the world, or ranks play themselves.
+    """
+    if as_rank is None:
+        return 0
+    is_number = isinstance(as_rank, int) and not isinstance(as_rank, bool)
+    if not is_number or not 0 <= as_rank < min(sizes):  # type: ignore[operator]
+        raise BadInputError(
+            f"ranks(as_rank={as_rank!r}): expected a rank of the world, 0 to {min(sizes) - 1}."
+        )
+    if set(names) != {"fake"}:
+        raise BadInputError(
+            f"ranks(as_rank={as_rank!r}): only a body at fidelity='fake' plays one rank of many; "
+            "at the others every rank plays itself."
+        )
+    return as_rank  # type: ignore[return-value]
+
+
+def check_deaths(deaths: Sequence[object], levels: Sequence[Level]) -> None:
+    """Check that ranks that have to die are processes.
+
+    Raises:
+        BadInputError: one process plays all of them.
+    """
+    hosted = [level.lowest for level in levels if level.lowest in HOSTED]
+    if deaths and hosted:
+        raise BadInputError(
+            f"ranks(expect_deaths=...): at fidelity {hosted[0]!r} one process plays all ranks, so "
+            f"none dies alone; expected lowest_fidelity {DEFAULT!r} or above."
+        )
 
 
 def place(fidelity: str) -> int:
@@ -75,13 +116,14 @@ def place(fidelity: str) -> int:
 
 
 def is_allowed(spec: RankSpec, fidelity: str) -> bool:
-    """Return whether a test says that it is valid at this fidelity."""
-    return place(fidelity) >= place(spec.lowest_fidelity)
+    """Return whether a test leaves its fidelity to the session, and is valid at this one."""
+    return not spec.is_pinned and place(fidelity) >= place(spec.lowest_fidelity)
 
 
 def at(spec: RankSpec, fidelity: str) -> RankSpec:
     """Return the same ranks at another fidelity."""
-    return replace(spec, fidelity=fidelity, backend=_backend_of(fidelity))
+    as_rank = spec.as_rank if fidelity == "fake" else 0
+    return replace(spec, fidelity=fidelity, backend=_backend_of(fidelity), as_rank=as_rank)
 
 
 def parse(text: str) -> str:

@@ -1,0 +1,80 @@
+"""The process that plays all ranks of a test: what it joins, and what surrounds the test there."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from pytest_ranks.launch import group, rank
+from pytest_ranks.launch.fidelity import refusals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_ranks.launch.messages import World
+
+_enforced: list[str] = []  # a process serves one fidelity for its whole life
+
+
+class Host:
+    """Stands in for the process group of a rank where one process plays several."""
+
+    def __init__(self) -> None:
+        self._kept = 0
+        self._world: World
+        self._group = group.ProcessGroup()
+
+    def join(self, world: World) -> None:
+        """Join the pretended group of one run, unless a kept one is there."""
+        if not _enforced:
+            _enforced.append(world.fidelity)
+            refusals.enforce(world.fidelity)
+            group.initialise_by(lambda: _JOINS[self._world.fidelity](self._world))
+        self._world = world
+        if self._kept != world.world_size:
+            self._group = group.ProcessGroup()
+            _JOINS[world.fidelity](world)
+        self._kept = world.world_size if world.keep_group else 0
+
+    def begin(self, world: World) -> tuple[int, ...]:
+        """Tell the test its place; return the threads that play ranks, where threads do."""
+        rank.set_current(rank.context_of(world, self._group))
+        return ()
+
+    def around(self, world: World) -> contextlib.AbstractContextManager[Any]:
+        """Return the context that the fixtures and the body of a test run in."""
+        return _AROUND[world.fidelity](world)
+
+
+def _join_fake(world: World) -> None:
+    from pytest_ranks.launch.fidelity import fake
+
+    fake.join(world)
+
+
+def _around_fake(_: World) -> contextlib.AbstractContextManager[Any]:
+    from pytest_ranks.launch.fidelity import fake
+
+    return fake.around()
+
+
+def _join_local_tensor(world: World) -> None:
+    from pytest_ranks.launch.fidelity import local_tensor
+
+    local_tensor.join(world)
+
+
+def _around_local_tensor(world: World) -> contextlib.AbstractContextManager[Any]:
+    from pytest_ranks.launch.fidelity import local_tensor
+
+    return local_tensor.around(world)
+
+
+_JOINS: dict[str, Callable[[World], None]] = {
+    "fake": _join_fake,
+    "local_tensor": _join_local_tensor,
+}
+_AROUND: dict[str, Callable[[World], contextlib.AbstractContextManager[Any]]] = {
+    "fake": _around_fake,
+    "local_tensor": _around_local_tensor,
+}
