@@ -84,6 +84,7 @@ RANK_MODULES = {
     "launch.processes": "the signal that dumps its stacks",
     "launch.deadline": "the collective that a stack waits in",
     "launch.coverage": "which lines the rank executes, for a controller that measures them",
+    "launch.witness": "the thread that tells what the rank is doing",
 }
 
 

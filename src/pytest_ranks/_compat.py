@@ -6,6 +6,7 @@ Nothing on the gloo path depends on one of them: each has an answer for the case
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,83 @@ def sequence_number(group: Any) -> int | None:
     try:
         return int(probe())
     except RuntimeError:
+        return None
+
+
+def flight_records() -> tuple[list[dict[str, Any]], str]:
+    """Return what torch's flight recorder holds, oldest first, and why it holds nothing.
+
+    `_dump_fr_trace` (torch 2.11 to 2.13, gloo too, on by default) is a pickle of plain data.
+    To name the frames it looks for `torch._inductor`, which would import the whole compiler
+    (0.9 s) for nothing: that attribute is hidden where it was not imported before.
+    """
+    import pickle
+
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available():
+        return [], "torch is not in use"
+    from torch._C import _distributed_c10d as c10d
+
+    dump = getattr(c10d, "_dump_fr_trace", None)
+    if dump is None:
+        return [], f"torch {torch.__version__} has no _dump_fr_trace for gloo"
+    names = vars(torch)
+    original = names.get("__getattr__")
+    is_hidden = original is not None and "_inductor" not in names
+
+    def without_compiler(name: str) -> Any:
+        if name == "_inductor":
+            raise AttributeError(name)
+        return original(name)  # type: ignore[misc]
+
+    if is_hidden:
+        names["__getattr__"] = without_compiler
+    try:
+        found = pickle.loads(dump())
+    finally:
+        if is_hidden:
+            names["__getattr__"] = original
+    entries = list(found.get("entries") or ())
+    size = os.environ.get("TORCH_FR_BUFFER_SIZE", "")
+    reason = "it is off: TORCH_FR_BUFFER_SIZE=0" if not entries and size == "0" else ""
+    return entries, reason
+
+
+def group_members() -> dict[str, dict[str, Any]]:
+    """Return the ranks of each live process group, in order, and its timeout, by its name.
+
+    `_world.pg_group_ranks` and `pg_names`; empty where torch does not tell.
+    """
+    distributed_c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    world = getattr(distributed_c10d, "_world", None)
+    names = getattr(world, "pg_names", {})
+    members = getattr(world, "pg_group_ranks", {})
+    return {
+        str(names.get(group, "")): {
+            "ranks": sorted(ranks, key=ranks.__getitem__),
+            "timeout": _group_timeout(group),
+        }
+        for group, ranks in list(members.items())
+    }
+
+
+def group_name(group: Any) -> str:
+    """Return the name by which torch's flight recorder knows a group, None being the default."""
+    distributed_c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    world = getattr(distributed_c10d, "_world", None)
+    if group is None:
+        group = getattr(world, "default_pg", None)
+    return str(getattr(world, "pg_names", {}).get(group, ""))
+
+
+def _group_timeout(group: Any) -> float | None:
+    """Return a group's timeout in seconds (`ProcessGroupGloo.options._timeout`), if told."""
+    try:
+        import torch
+
+        options = group._get_backend(torch.device("cpu")).options
+        return float(options._timeout.total_seconds())
+    except (AttributeError, RuntimeError):
         return None
 
 

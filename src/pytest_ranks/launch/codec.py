@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.launch import coordination, deadline, messages, pool
+from pytest_ranks.launch import coordination, deadline, messages, pool, sight
 
 # The modules whose dataclasses travel.
 _MODULES: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (coordination, deadline, messages, pool)
+    for module in (coordination, deadline, messages, pool, sight)
 }
 
 

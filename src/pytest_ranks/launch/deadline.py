@@ -25,7 +25,7 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 _COLLECTIVES = (os.sep + "torch" + os.sep + "distributed" + os.sep,)
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_HERE) + os.sep
-_PLUMBING = {"wrapper", "inner", "__call__", "_call_impl", "_wrapped_call_impl"}
+PLUMBING = {"wrapper", "inner", "__call__", "_call_impl", "_wrapped_call_impl"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def find_where(dump: str, main_thread: int) -> Where | None:
     collective = ""
     for file, line, function in frames:
         if any(part in file for part in _COLLECTIVES):
-            if function not in _PLUMBING:
+            if function not in PLUMBING:
                 collective = function
             continue
         if is_library(file):
@@ -103,7 +103,7 @@ def collective_of(error: BaseException | None) -> str:
     trace = error.__traceback__ if error is not None else None
     while trace is not None:
         code = trace.tb_frame.f_code
-        if _COLLECTIVES[0] in code.co_filename and code.co_name not in _PLUMBING:
+        if _COLLECTIVES[0] in code.co_filename and code.co_name not in PLUMBING:
             return code.co_name  # the outermost: what the user's line called
         trace = trace.tb_next
     return ""
@@ -138,16 +138,24 @@ def only_thread(dump: str, thread: int) -> str:
 
 
 def trim(dump: str) -> str:
-    """Return a dump without the frames of pytest, of the rank's loop, and without extensions."""
-    kept = []
+    """Return a dump without the frames of pytest and of the rank's loop, and without extensions.
+
+    Threads that are left with no frame go too, and numbers of threads, so that the stacks of
+    ranks that are at the same place are the same text.
+    """
+    kept: list[str] = []
+    head = ""
     for text in dump.splitlines():
         frame = _FRAME.match(text)
-        is_noise = text.startswith("Extension modules:") or (
-            frame is not None and is_plumbing(frame[1])
-        )
-        if not is_noise:
+        if _THREAD.match(text) is not None:
+            head = "current thread" if text.startswith("Current") else "another thread"
+            head += " (most recent call first):"
+        elif frame is not None and not is_plumbing(frame[1]):
+            kept += [*([head] if head else []), text]
+            head = ""
+        elif frame is None and text.strip() and not text.startswith("Extension modules:"):
             kept.append(text)
-    return "\n".join(kept).strip()
+    return "\n".join(kept)
 
 
 def is_plumbing(file: str) -> bool:

@@ -39,8 +39,8 @@ class Failure:
         rank: its number.
         kind: `raised`, `died`, `alive` (its mark declares its death), `deadline` (still at work
             when the time was up), `abandoned` (in a collective when the others had finished),
-            `unready` (before the work could start) or `stopped` (still at work after another
-            rank had failed).
+            `deadlock` (at work when ranks waited for each other), `unready` (before the work
+            could start) or `stopped` (still at work after another rank had failed).
         headline: one line.
         text: the traceback, or the stacks.
         at: CLOCK_MONOTONIC seconds.
@@ -221,6 +221,9 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
         done = _others(failures, world_size)
         others = f"; {ranks_text(done)} had finished" if done else ""
         return f"timed out after {timeout:g} s: {places}{others}"
+    if first.kind == "deadlock":
+        left = [one for one in failures if one.kind == "deadlock"]
+        return f"deadlock: {'; '.join(_join_places(left))}"
     if first.kind == "abandoned":
         left = [one for one in failures if one.kind == "abandoned"]
         waited = "; ".join(_join_places(left))

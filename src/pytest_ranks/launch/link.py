@@ -58,6 +58,7 @@ class RankHandle:
     native_threads: int = 1
     main_thread: int = 0
     captured: tuple[int, ...] = ()
+    witness: int | None = None
     ready: bool = False
     _closed: bool = field(default=False)
 
@@ -76,8 +77,8 @@ class RankHandle:
             return
         self._closed = True
         self.channel.close()
-        pidfd = () if self.pidfd is None else (self.pidfd,)
-        for fd in (self.output, self.stacks, *pidfd, *self.captured):
+        others = [fd for fd in (self.pidfd, self.witness) if fd is not None]
+        for fd in (self.output, self.stacks, *others, *self.captured):
             with contextlib.suppress(OSError):
                 os.close(fd)
 

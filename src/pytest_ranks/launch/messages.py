@@ -208,7 +208,10 @@ class Leave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The rank listens; the descriptors of its captured output come along, if there are any."""
+    """The rank listens.
+
+    The descriptor of its witness comes along, and those of its captured output, if there are any.
+    """
 
     main_thread: int
 

@@ -157,7 +157,7 @@ def result_of(run: RankRun, *, expected_end: ExpectedEnd | None = None) -> RankR
         phases=tuple(sorted(phases, key=lambda phase: order.index(phase.when))),
         died=run.crashed,
         stopped=run.stopped == "collateral",
-        timed_out=run.stopped in ("deadline", "abandoned", "unready"),
+        timed_out=run.stopped in ("deadline", "abandoned", "deadlock", "unready"),
         raised=raised,
         missing=missing,
         expected=expected,

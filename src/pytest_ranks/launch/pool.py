@@ -13,7 +13,9 @@ from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.failures import START_SECONDS
 from pytest_ranks.launch.messages import Leave, Playing, Ready
+from pytest_ranks.launch.probe import Probe
 from pytest_ranks.launch.processes import read_tail
+from pytest_ranks.launch.sight import Observer
 from pytest_ranks.launch.wire import ChannelClosed
 
 if TYPE_CHECKING:
@@ -21,14 +23,13 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.link import RankHandle, ZygoteLink
     from pytest_ranks.launch.outcome import ExpectedEnd
+    from pytest_ranks.launch.sight import Sight
     from pytest_ranks.launch.startline import StartLine
 
 # Seconds that ranks have for their own end after one rank failed; its sockets are cut by then, so
 # that only a rank that is not in a collective, or a very loaded machine, needs more than milliseconds.
 GRACE = 2.0
 STATUS_SECONDS = 1.0
-# Seconds between two looks at ranks that are still at work when others have finished.
-PROBE_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -42,14 +43,15 @@ class RankRun:
         crashed: whether its process ended by itself.
         status: how the process ended, as an exit code or -signal.
         stopped: why we ended it: nothing, `collateral` after another's failure, `abandoned` in
-            a collective when the others had finished, `unready` when the ranks never got to
-            start, or `deadline`.
+            a collective when the others had finished, `deadlock` when ranks waited for each
+            other, `unready` when the ranks never got to start, or `deadline`.
         at: CLOCK_MONOTONIC seconds at which its end was seen.
         output: the end of what it wrote outside of pytest's capture.
         captured: the end of what pytest's capture held when the process ended.
         stacks: dump of all its threads, or of the fatal error that ended it.
         where: one line on where its main thread was.
         threads: the threads that play ranks, where the process plays several.
+        sight: what its witness saw before a rank was stopped.
     """
 
     rank: int
@@ -64,6 +66,7 @@ class RankRun:
     stacks: str = ""
     where: deadline.Where | None = None
     threads: tuple[int, ...] = ()
+    sight: Sight | None = None
 
 
 class Peers(Protocol):
@@ -93,6 +96,7 @@ class Ranks:
         self.runs = 0
         self._link = link
         self._handles, self._line = link.fork(world_size)
+        self._observer = Observer(self._handles)
 
     def native_threads(self) -> int:
         """Return how many threads the zygote had when the ranks were forked."""
@@ -139,7 +143,8 @@ class Ranks:
             os.ftruncate(handle.stacks, 0)
         self._line.clear()
         line = self._line if starts else None
-        watch = _Watch(self._link, self._handles, line, is_last, is_failure, timeout, peers)
+        probe = Probe(self._observer, self.world_size)
+        watch = _Watch(self._link, self._handles, line, probe, is_last, is_failure, timeout, peers)
         watch.expected_ends = expected_ends or {}
         try:
             for handle in self._handles:
@@ -191,6 +196,7 @@ class _Watch:
         link: ZygoteLink,
         handles: list[RankHandle],
         line: StartLine | None,
+        probe: Probe,
         is_last: Callable[[Any], bool],
         is_failure: Callable[[Any], bool],
         timeout: float,
@@ -212,8 +218,7 @@ class _Watch:
         self._started: float | None = now if line is None else None
         self._look = now + timeout
         self._grace: float | None = None
-        self._probe: float | None = None
-        self._places: list[str] = []
+        self._probe = probe
 
     def until_over(self) -> bool:
         """Return, once no rank is at work any more, whether the deadline passed."""
@@ -231,13 +236,13 @@ class _Watch:
             if now >= grace:
                 self._stop(waiting, "collateral")
                 break
-            probe = self._next_probe(waiting, now, limit)
+            probe = limit if self._is_past_probing() else self._probe.next_at
             if now >= probe:
-                if self._are_abandoned(waiting):
+                if why := self._judge(limit):
                     timed_out = True
-                    self._stop(waiting, "abandoned")
+                    self._stop(waiting, why)
                     break
-                probe = self._probe = time.monotonic() + PROBE_SECONDS
+                continue  # it took its time
             self._step(max(0.0, min(self._look, limit, grace, probe) - now))
         for handle, run in zip(self._handles, self.runs, strict=True):
             if run.done:
@@ -252,33 +257,22 @@ class _Watch:
             self._look = self._started + self._timeout
             return self._look
         if now >= self._look:
-            self._look = now + min(self._timeout, PROBE_SECONDS)
+            self._look = now + min(self._timeout, STATUS_SECONDS)
         return self._unready
 
-    def _next_probe(self, waiting: list[RankRun], now: float, limit: float) -> float:
-        """Return when to look at ranks that are left while others have finished."""
-        have_peers_finished = self._peers is not None and self._peers.has_finished()
-        if len(waiting) == len(self.runs) and not have_peers_finished:
-            return limit
-        if self.expected_ends:  # a survivor may well wait for its group's own timeout
-            return limit
-        if self._probe is None:
-            self._probe = now + PROBE_SECONDS
-        return self._probe
+    def _is_past_probing(self) -> bool:
+        """Return whether ranks that wait in vain end without a look at them."""
+        # a failure cuts them off; where a death is declared, one may wait for its own timeout
+        return self._grace is not None or bool(self.expected_ends)
 
-    def _are_abandoned(self, waiting: list[RankRun]) -> bool:
-        """Return whether all ranks that are left wait in the same collective as a probe ago.
-
-        The others have finished, so nobody will ever answer them.
-        """
-        handles = [self._handles[run.rank] for run in waiting]
-        found = [
-            deadline.find_where(dump, handle.main_thread)
-            for handle, dump in zip(handles, deadline.dump_stacks(handles), strict=True)
-        ]
-        before, self._places = self._places, [str(where) for where in found]
-        is_waiting = all(where is not None and where.collective for where in found)
-        return is_waiting and self._places == before
+    def _judge(self, limit: float) -> str:
+        """Return why nothing will come of waiting any longer, nothing where something may."""
+        if self._started is None:
+            self._probe.put_off()
+            return ""
+        finished = {run.rank for run in self.runs if run.done}
+        elsewhere = None if self._peers is None else self._peers.has_finished()
+        return self._probe.look(finished, limit, elsewhere=elsewhere)
 
     def _step(self, seconds: float) -> None:
         poll = select.poll()
@@ -334,13 +328,15 @@ class _Watch:
     ) -> None:
         if isinstance(message, Ready):
             handle.ready, handle.main_thread = True, message.main_thread
-            handle.captured = descriptors
+            handle.witness, handle.captured = descriptors[0], descriptors[1:]
             return
         if isinstance(message, Playing):
             run.threads = message.threads
             return
         run.messages.append(message)
-        run.done = run.done or self._is_last(message)
+        if self._is_last(message) and not run.done:
+            run.done = True
+            self._probe.hurry()
         if self._is_failure(message):
             self._fail()
 
@@ -373,6 +369,9 @@ class _Watch:
 
     def _stop(self, waiting: list[RankRun], why: str) -> None:
         handles = [self._handles[run.rank] for run in waiting]
+        sights = self._probe.last()
+        for run in self.runs:
+            run.sight = sights.get(run.rank)
         dumps = deadline.dump_stacks(handles)
         if any(handle.pid is None for handle in handles):
             own = self._link.stacks()  # the zygote has not come to forking them

@@ -41,6 +41,7 @@ from pytest_ranks.launch.messages import (
 from pytest_ranks.launch.processes import STACKS_SIGNAL
 from pytest_ranks.launch.startline import StartLine
 from pytest_ranks.launch.wire import Channel, ChannelClosed
+from pytest_ranks.launch.witness import Witness
 
 if TYPE_CHECKING:
     import torch
@@ -201,6 +202,7 @@ class Rank:
         self._line = line
         self._items = items
         self._group = ProcessGroup()
+        self._witness = Witness()
         self._cut = False
         self._host: Host | None = None
         self._world = World(rank=0, world_size=1)
@@ -209,8 +211,9 @@ class Rank:
         """Answer requests until told to leave; never returns."""
         with contextlib.suppress(ChannelClosed):
             captured = self._items.prepare(self._output) if self._items is not None else ()
-            self._channel.send(Ready(main_thread=threading.main_thread().ident or 0), captured)
-            for fd in captured:
+            ends = (self._witness.start(), *captured)
+            self._channel.send(Ready(main_thread=threading.main_thread().ident or 0), ends)
+            for fd in ends:
                 os.close(fd)
             while True:
                 request, _ = self._channel.receive()
@@ -233,6 +236,7 @@ class Rank:
             return
         assert isinstance(request, RunFunction | RunItem)
         self._register_stacks()
+        self._witness.since = time.time_ns()
         self._cut = False
         self._enter(request.world)
         self._line.cross()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks import _compat
 from pytest_ranks.launch import deaths, failures
+from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.messages import (
     Finished,
@@ -226,7 +227,7 @@ class RankService:
             pool=pool,
             runs=unfold.unfold(runs, spec),
             notes=self._notes(pool),
-            explanations=[*pool.ranks.explain(), *unfold.explanations(runs, spec)],
+            explanations=[*pool.ranks.explain(), *unfold.explanations(runs, spec), *explain(runs)],
         )
 
     def _notes(self, pool: Pool) -> list[str]:
