@@ -30,6 +30,7 @@ FLOORS = (
         "launch.wire",
         "launch.messages",
         "launch.fidelity.ladder",
+        "report.records",
     ),
     ("hardware", "models", "observe", "tiers"),
     ("option_table",),

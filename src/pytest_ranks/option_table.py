@@ -93,6 +93,12 @@ def _parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _parse_path(text: str) -> str:
+    if not text:
+        raise ValueError
+    return text
+
+
 def _parse_require(text: str) -> tuple[Required, ...]:
     from pytest_ranks.hardware.requirements import parse_required
 
@@ -165,6 +171,18 @@ TABLE = (
         expected="fake, local_tensor, gloo or device",
         example="gloo",
         shown="what the mark says",
+    ),
+    Option(
+        name="report",
+        help="File for what each test did on its ranks, as JSON",
+        default=None,
+        metavar="PATH",
+        ini="string",
+        env=True,
+        parse=_parse_path,
+        expected="the path of a file",
+        example="ranks.json",
+        shown="none",
     ),
     Option(
         name="hardware_marks",

@@ -66,6 +66,14 @@ def pytest_configure(config: pytest.Config) -> None:
     marks.register(config)
     config.pluginmanager.register(NeedsReporter(config), "ranks-needs")
     config.pluginmanager.register(VerdictReporter(config), "ranks-verdict")
+    if options.settings(config).report is not None:
+        from pytest_ranks.report import json
+
+        json.register(config)
+    if config.getoption("xmlpath", None) and not hasattr(config, "workerinput"):
+        from pytest_ranks.report.junit import JunitSections
+
+        config.pluginmanager.register(JunitSections(), "ranks-junit")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

@@ -73,6 +73,11 @@ class Failure:
         return self.kind == "stopped" or (self.kind == "raised" and is_felt)
 
     @property
+    def brief(self) -> str:
+        """The headline without what torch guesses."""
+        return self.headline.split(" This is typically caused by")[0]
+
+    @property
     def cause_at(self) -> float:
         """When it happened, at the latest: we see a death after peers may have felt it."""
         is_first_sign = self.kind == "died" and not self.follows
@@ -113,11 +118,7 @@ def stacks(failures: Sequence[Failure]) -> list[str]:
 
 def collateral_lines(failures: Sequence[Failure]) -> list[str]:
     """Return one line about the ranks that only felt another one's failure, equal ones once."""
-    texts = [
-        (one.rank, one.headline.split(" This is typically caused by")[0])
-        for one in failures
-        if one.is_collateral
-    ]
+    texts = [(one.rank, one.brief) for one in failures if one.is_collateral]
     return [f"collateral: {ranks_text(numbers)} {text}" for numbers, text in fold(texts)]
 
 

@@ -18,11 +18,13 @@ from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, UnavailableError
 from pytest_ranks.launch import deaths, reports, scopes
 from pytest_ranks.launch.fidelity import unfold
+from pytest_ranks.launch.item_record import record_of, record_of_not_run
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
 from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
 from pytest_ranks.launch.start import harvest_of
 from pytest_ranks.launch.warned import forward_warnings
+from pytest_ranks.report.records import ATTRIBUTE
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -53,6 +55,7 @@ class RankItems:
         self._next: pytest.Item | None = None
         self._early: Pool | None = None
         self._session_end: tuple[str, int | None] | None = None
+        self._has_report = options.settings(session.config).report is not None
         self._owner = os.getpid()
 
     # ---- life
@@ -156,6 +159,7 @@ class RankItems:
         forward_warnings(self._config, done.runs)
         context = reports.Context(
             timeout=request.seconds,
+            world_size=request.spec.world_size,
             seconds=time.monotonic() - start,
             notes=done.notes,
             explanations=done.explanations,
@@ -167,6 +171,8 @@ class RankItems:
         errors = self._service.settle(request, done, is_clean=decided.is_clean)
         if errors:
             decided.fail_teardown(item, errors)
+        if self._has_report:
+            decided.record = record_of(item, request.spec, decided, done)
         return decided
 
     def _request(self, item: pytest.Item) -> ItemRequest:
@@ -232,6 +238,8 @@ class RankItems:
             decided.place(report)
             if call.when == "teardown":
                 del item.stash[OUTCOME_KEY]  # a rerun may be skipped before it comes to its ranks
+        elif self._has_report and item.nodeid in self._index and not report.passed:
+            setattr(report, ATTRIBUTE, record_of_not_run(_spec_of(item), report))
         return report
 
 

@@ -11,6 +11,7 @@ from pytest_ranks.launch import failures, outcome, sections
 from pytest_ranks.launch.folding import fold, ranks_text
 from pytest_ranks.launch.item_failures import failures_of
 from pytest_ranks.launch.messages import Raised
+from pytest_ranks.report.records import ATTRIBUTE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ class Context:
 
     Attributes:
         timeout: the deadline, in seconds.
+        world_size: number of ranks; one body may have played them all.
         seconds: how long the run took, from its request to its last message.
         notes: on how the ranks were started, where that may matter to a death.
         explanations: what we found out about the failure, each a line or a block of lines; they
@@ -45,6 +47,7 @@ class Context:
     """
 
     timeout: float
+    world_size: int = 0
     seconds: float = 0.0
     notes: Sequence[str] = ()
     explanations: Sequence[str] = ()
@@ -83,6 +86,8 @@ class ItemOutcome:
         sections: captured output of the ranks.
         properties: recorded with `record_property`.
         session_end: message and status of a `pytest.exit` that was the root cause.
+        results: what each rank made of it.
+        record: what the JSON report says of it, where one is written.
     """
 
     verdict: str
@@ -93,6 +98,8 @@ class ItemOutcome:
     sections: list[tuple[str, str]] = field(default_factory=list)
     properties: list[tuple[str, object]] = field(default_factory=list)
     session_end: tuple[str, int | None] | None = None
+    results: Sequence[RankResult] = ()
+    record: dict[str, Any] | None = None
 
     @property
     def is_clean(self) -> bool:
@@ -116,6 +123,8 @@ class ItemOutcome:
         report.duration = self.seconds.get(report.when, 0.0)
         report.sections = sections.until(report.when, self.sections)
         report.user_properties.extend(self.properties)
+        if self.record is not None and report.when == self.when:
+            setattr(report, ATTRIBUTE, self.record)
         if found.was_xfail is not None:
             report.wasxfail = found.was_xfail
         elif hasattr(report, "wasxfail"):
@@ -150,7 +159,14 @@ def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutc
         _agreed(item, results, word) if is_agreed else _failed(item, runs, results, word, context)
     )
     decided.seconds = _seconds(results, context.seconds)
-    decided.properties = [("fidelity", context.fidelity), *sections.properties(results)]
+    decided.results = results
+    decided.properties = [
+        ("fidelity", context.fidelity),
+        ("world_size", context.world_size or len(runs)),
+        ("verdict", word),
+        *([("root_rank", decided.failures[0].rank)] if decided.failures else []),
+        *sections.properties(results),
+    ]
     return decided
 
 

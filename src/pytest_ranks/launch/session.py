@@ -50,6 +50,8 @@ _CONTROLLERS = (
     "xdist.looponfail",
     "ranks-needs",
     "ranks-verdict",
+    "ranks-report",
+    "ranks-junit",
     "ranks-items",
     "ranks-attached",
 )
