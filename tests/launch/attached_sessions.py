@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def pytest_runtest_logreport(report):
     with open(os.environ["RECORDED"], "a") as file:
         file.write(json.dumps(row) + "\\n")
 """
+# rerunfailures starts a thread in each session, so that ranks need a second start of pytest
+PLUGINS = ("-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:rerunfailures")
 SECONDS = 180.0  # for a session that takes 10; nothing here is a measurement
 
 
@@ -35,23 +38,27 @@ SECONDS = 180.0  # for a session that takes 10; nothing here is a measurement
 class Process:
     """One process that a test started, and all below it."""
 
-    popen: subprocess.Popen[str]
+    popen: subprocess.Popen[bytes]
     pidfd: int
-    output: str = ""
+    file: Path
 
     @property
-    def returncode(self) -> int | None:
-        return self.popen.returncode
+    def output(self) -> str:
+        return self.file.read_text(errors="replace")
 
     def wait(self, seconds: float = SECONDS) -> int:
-        self.output = self.popen.communicate(timeout=seconds)[0]
-        return self.popen.returncode
+        return self.popen.wait(timeout=seconds)
+
+    def wait_for(self, text: str, count: int, seconds: float = SECONDS) -> None:
+        """Wait until the process has written a text so often."""
+        end = time.monotonic() + seconds
+        while self.output.count(text) < count:
+            assert time.monotonic() < end, f"no {text!r} in:\n{self.output}"
+            time.sleep(0.05)
 
     def end(self) -> None:
         kill_tree(self.popen.pid, self.pidfd)
         self.popen.wait()
-        if self.popen.stdout is not None:
-            self.popen.stdout.close()
         os.close(self.pidfd)
 
 
@@ -73,31 +80,32 @@ class World:
             for name, text in os.environ.items()
             if not name.startswith(("PYTEST_", "RANKS_", "SLURM", "TORCHELASTIC"))
         }
-        popen = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={
-                **kept,
-                "RECORDED": str(self.folder / "reports.jsonl"),
-                "FOLDER": str(self.folder),
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "PET_LOG_DIR": str(self.folder / "logs"),
-                **variables,
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        process = Process(popen, os.pidfd_open(popen.pid))
+        file = self.folder / f"output{len(self.processes)}.txt"
+        with file.open("wb") as stdout:
+            popen = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={
+                    **kept,
+                    "RECORDED": str(self.folder / "reports.jsonl"),
+                    "FOLDER": str(self.folder),
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                    "PET_LOG_DIR": str(self.folder / "logs"),
+                    **variables,
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        process = Process(popen, os.pidfd_open(popen.pid), file)
         self.processes.append(process)
         return process
 
     def torchrun(self, *options: str, arguments: tuple[str, ...] = ()) -> Process:
         return self.start(
             *(sys.executable, "-m", "torch.distributed.run", *options),
-            *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments),
+            *("-m", "pytest", *PLUGINS, *arguments),
         )
 
     def srun(self, *arguments: str, size: int, nodes: int, **variables: str) -> list[Process]:
@@ -113,7 +121,7 @@ class World:
     ) -> Process:
         on_node = size // nodes
         return self.start(
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly"),
+            *(sys.executable, "-m", "pytest", *PLUGINS),
             *arguments,
             SLURM_JOB_ID="77",
             SLURM_STEP_ID="0",

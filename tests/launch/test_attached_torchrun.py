@@ -137,7 +137,7 @@ def test_every_rank_says_where_it_is_and_exits_alike(session: tuple[World, Proce
     # torchrun ends the others when the first has failed, and tells how each exited
     codes = re.findall(r"^  exitcode  : (\S+)", process.output, re.MULTILINE)
     assert codes == ["1", "1", "1", "1"]
-    assert process.returncode == 1
+    assert process.popen.returncode == 1
 
 
 def test_what_the_world_is_too_small_for_is_skipped_with_the_reason(

@@ -122,7 +122,7 @@ class Follower:
             rank0.tell_failure()
             now = time.monotonic()
             told = Raised(headline=str(error), traceback="", at=now)
-            return RankRun(rank=0, crashed=True, at=now, messages=[told])
+            return RankRun(rank=0, done=True, at=now, messages=[told])
         finally:
             self._backlog += rank0.others
         if rank0.lost is not None:

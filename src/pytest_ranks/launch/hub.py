@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import BadInputError, UnavailableError
-from pytest_ranks.launch.agreement import node_labels
+from pytest_ranks.launch.agreement import node_labels, who
 from pytest_ranks.launch.coordination import Bye, End, Hello, Leaving, Ping, Pong
-from pytest_ranks.launch.folding import ranks_text
 from pytest_ranks.launch.interfaces import plain_address
 from pytest_ranks.launch.line import SILENCE_SECONDS, Line, LineLost
 
@@ -201,22 +200,20 @@ class Hub:
         return LOOPBACK
 
     def describe_losses(self) -> list[str]:
-        """Return a sentence for each rank that was lost."""
-        return [
-            f"rank {member.rank} (node {self.label(member.hello.node)}): {member.loss.text}"
-            + (f", during {member.loss.during}" if member.loss.during else ", between tests")
-            for member in self.lost()
-            if member.loss is not None
-        ]
+        """Return how ranks were lost, a sentence for all that were lost in the same way."""
+        found: dict[str, list[Hello]] = {}
+        for member in self.lost():
+            assert member.loss is not None
+            when = f"during {member.loss.during}" if member.loss.during else "between tests"
+            found.setdefault(f"{member.loss.text}, {when}", []).append(member.hello)
+        labels = {one.node: self.label(one.node) for hellos in found.values() for one in hellos}
+        return [f"{who(hellos, labels)}: {text}" for text, hellos in found.items()]
 
     def too_few(self, world_size: int) -> str:
         """Return why a test cannot have so many ranks."""
-        numbers = [member.rank for member in self.lost()]
         return (
             f"the test needs {world_size} ranks, {1 + len(self.reachable())} of the world's "
-            f"{self.world.size} are left: {ranks_text(numbers)} "
-            f"{'was' if len(numbers) == 1 else 'were'} lost before "
-            f"({'; '.join(self.describe_losses())})."
+            f"{self.world.size} are left. Lost before: {'; '.join(self.describe_losses())}"
         )
 
     # ---- talking

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Seconds that a rank has for its answer after its deadline: it dumps stacks and ends its process.
 # More than the silence after which the line says that the rank is out of reach.
 RESULT_SECONDS = 15.0
+_LATE = ("deadline", "abandoned", "unready")
 ENDING_SECONDS = 3.0  # the same when this process was asked to end
 
 
@@ -54,6 +55,8 @@ class SpreadRanks(Ranks):
         self._members = members
         self._pool = hub.next_number()
         self._own = Ranks(link, 1)
+        self._timeout = 0.0
+        self._late: list[RankRun] = []  # of the last run, those that were stopped at its deadline
         nodes = {hub.hello.node, *(member.hello.node for member in members)}
         self._host = LOOPBACK if len(nodes) == 1 else hub.host()
         self._interface = "lo" if len(nodes) == 1 else own_interface(self._host)
@@ -116,8 +119,9 @@ class SpreadRanks(Ranks):
         finally:
             self._hub.is_busy = False
             crew.close()
-        late = ("deadline", "abandoned", "unready")
-        return runs, timed_out or any(run.stopped in late for run in runs)
+        self._timeout = timeout
+        self._late = [run for run in runs if run.stopped == "deadline" and run.where is not None]
+        return runs, timed_out or any(run.stopped in _LATE for run in runs)
 
     def explain(self) -> list[str]:
         """Return where the ranks are, and which of them were lost."""
@@ -133,11 +137,16 @@ class SpreadRanks(Ranks):
                 for node, ranks in by_node.items()
             ]
             lines.append("; ".join(places))
-        lines += [
-            f"lost: rank {index} of this test, at node {self._hub.label(member.hello.node)}: {member.loss.text}"
-            for index, member in enumerate(self._members, start=1)
-            if member.loss is not None
-        ]
+        lost = [index for index, one in enumerate(self._members, start=1) if one.loss is not None]
+        if lost and self._late:
+            waits: dict[str, list[int]] = {}
+            for run in self._late:
+                waits.setdefault(str(run.where), []).append(run.rank)
+            said = [f"{ranks_text(ranks)} waited in {where}" for where, ranks in waits.items()]
+            lines.append(
+                f"the deadline of {self._timeout:g} s passed without a word from "
+                f"{ranks_text(lost)}: {'; '.join(said)}"
+            )
         return lines
 
     def leave(self) -> None:
@@ -313,4 +322,4 @@ def _lost(index: int, member: Member) -> RankRun:
     assert member.loss is not None
     text = member.loss.text
     told = Raised(headline=text, traceback="", at=member.loss.at)
-    return RankRun(rank=index, crashed=True, at=member.loss.at, messages=[told])
+    return RankRun(rank=index, done=True, at=member.loss.at, messages=[told])
