@@ -12,8 +12,9 @@ from pytest_ranks import conformance, models
 
 PUBLIC = {
     pytest_ranks: (
-        "BadInputError Launcher RankContext RankFailure RankTimeout RanksError ScriptResult "
-        "UnavailableError check_trainer current_rank parametrize_with_checks tiny_model"
+        "BadInputError Faults Launcher RankContext RankFailure RankTimeout RanksError ScriptResult "
+        "UnavailableError check_trainer current_rank inject_faults parametrize_with_checks step "
+        "tiny_model"
     ),
     conformance: (
         "Capabilities CheckResult Finding Job Optimizer Subject Trained check_trainer "

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
         RankTimeout,
         UnavailableError,
     )
+    from pytest_ranks.launch.faults import Faults, inject_faults
     from pytest_ranks.launch.functions import Launcher, ScriptResult
     from pytest_ranks.launch.rank import RankContext, current_rank
+    from pytest_ranks.launch.triggers import step
     from pytest_ranks.models.families import tiny_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BadInputError",
+    "Faults",
     "Launcher",
     "RankContext",
     "RankFailure",
@@ -32,13 +35,16 @@ __all__ = [
     "UnavailableError",
     "check_trainer",
     "current_rank",
+    "inject_faults",
     "parametrize_with_checks",
+    "step",
     "tiny_model",
 ]
 
 # Where each public name lives; looked up on first use, since pytest imports this package at its start.
 _HOMES = {
     "BadInputError": "errors",
+    "Faults": "launch.faults",
     "Launcher": "launch.functions",
     "RankContext": "launch.rank",
     "RankFailure": "errors",
@@ -48,7 +54,9 @@ _HOMES = {
     "UnavailableError": "errors",
     "check_trainer": "conformance.runner",
     "current_rank": "launch.rank",
+    "inject_faults": "launch.faults",
     "parametrize_with_checks": "conformance.parametrize",
+    "step": "launch.triggers",
     "tiny_model": "models.families",
 }
 

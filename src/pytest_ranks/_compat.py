@@ -5,12 +5,15 @@ Nothing on the gloo path depends on one of them: each has an answer for the case
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import pytest
 
 
@@ -111,6 +114,77 @@ def _group_timeout(group: Any) -> float | None:
         return float(options._timeout.total_seconds())
     except (AttributeError, RuntimeError):
         return None
+
+
+def intercept_operators(
+    namespace: str,
+    names: Sequence[str],
+    around: Callable[[str, tuple[Any, ...], Callable[[], Any]], Any],
+) -> Callable[[], None] | None:
+    """Have every call of these operators, from any thread or language, pass through a function.
+
+    The function stands at the key BackendSelect: that is in force for every call, comes before
+    all backends, and is empty for these operators (torch 2.11 to 2.13: `DispatchKey`,
+    `_dispatch_keyset_full_after`, `OpOverload.redispatch`, `Library._destroy`).
+
+    Args:
+        namespace: of the operators.
+        names: operators; those that this torch does not have are left out.
+        around: called with the operator's name, its arguments, and a function that runs it.
+
+    Returns:
+        A function that ends it, None where this torch does not let us.
+    """
+    import torch
+
+    key = getattr(getattr(torch._C, "DispatchKey", None), "BackendSelect", None)
+    keys_after = getattr(torch._C, "_dispatch_keyset_full_after", None)
+    packets = [getattr(getattr(torch.ops, namespace), name, None) for name in names]
+    operators = {packet.__name__: packet.default for packet in packets if packet is not None}
+    can_go_on = all(hasattr(operator, "redispatch") for operator in operators.values())
+    if key is None or keys_after is None or not can_go_on:
+        return None
+    library = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+    below = keys_after(key)
+
+    def stand_before(name: str, operator: Any) -> None:
+        def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            return around(name, args, lambda: operator.redispatch(keyset & below, *args, **kwargs))
+
+        library.impl(name, kernel, "BackendSelect", with_keyset=True)  # type: ignore[no-untyped-call]
+
+    for name, operator in operators.items():
+        stand_before(name, operator)
+    return getattr(library, "_destroy", lambda: None)
+
+
+def process_group_among(arguments: Sequence[Any]) -> Any:
+    """Return the process group among an operator's arguments, None where there is none.
+
+    Operators get it wrapped (torch 2.11 to 2.13: `torch._C.ScriptObject`, `ProcessGroup.unbox`).
+    """
+    import torch
+    from torch.distributed import ProcessGroup
+
+    for one in arguments:
+        if isinstance(one, ProcessGroup):
+            return one
+        if isinstance(one, torch._C.ScriptObject):
+            with contextlib.suppress(RuntimeError, TypeError, ValueError):
+                return ProcessGroup.unbox(one)
+    return None
+
+
+def work_class() -> Any:
+    """Return the class of what a collective returns (torch 2.11 to 2.13: `distributed._Work`)."""
+    import torch.distributed as dist
+
+    return dist._Work  # type: ignore[attr-defined]
+
+
+def unbox_work(boxed: Any) -> Any:
+    """Return the work that an operator wrapped, None where it returned none (`Work.unbox`)."""
+    return None if boxed is None else work_class().unbox(boxed)
 
 
 # ---- pytest 8.4 to 9.2

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from pytest_ranks.launch.faults import Faults
     from pytest_ranks.launch.functions import Launcher
     from pytest_ranks.launch.rank import RankContext
 
@@ -29,6 +30,37 @@ def rank() -> RankContext:
         "the fixture 'rank' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
         pytrace=False,
     )
+
+
+@pytest.fixture
+def faults(request: pytest.FixtureRequest) -> Generator[Faults]:
+    """Inject faults into the ranks of this test: real deaths, hangs, delays, slow networks.
+
+    `faults.kill(rank=1, at="all_reduce#3")`; also `hang`, `delay`, `raise_`, `drop_store`,
+    `slow_network`. The test makes the same call on every rank.
+    """
+    from pytest_ranks.errors import UnavailableError
+    from pytest_ranks.launch.rank import current_rank
+
+    context = None
+    with contextlib.suppress(UnavailableError):
+        context = current_rank()
+    if context is None:
+        pytest.fail(
+            "the fixture 'faults' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
+            pytrace=False,
+        )
+    from pytest_ranks.launch.faults import Faults, MissedFaults
+    from pytest_ranks.launch.injector import Injector
+
+    injector = Injector(context)
+    injector.start()
+    missed = MissedFaults(injector)
+    request.config.pluginmanager.register(missed)
+    yield Faults(injector)
+    request.config.pluginmanager.unregister(missed)
+    injector.close()
+    missed.tell()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from pytest_ranks.launch.deadline import Where
 from pytest_ranks.launch.line import Line, LineLost
 from pytest_ranks.launch.messages import Finished, Phase, Raised
 from pytest_ranks.launch.outer_world import first_hosts, read_world
-from pytest_ranks.launch.pool import RankRun
+from pytest_ranks.launch.rank_run import RankRun
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "abc",

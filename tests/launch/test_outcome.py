@@ -6,7 +6,7 @@ import pytest
 
 from pytest_ranks.launch.messages import Finished, Phase, Raised
 from pytest_ranks.launch.outcome import ExpectedEnd, RankResult, result_of, verdict
-from pytest_ranks.launch.pool import RankRun
+from pytest_ranks.launch.rank_run import RankRun
 
 
 def phase(when, outcome="passed", was_xfail=None, longrepr=None):

@@ -13,7 +13,7 @@ import pytest
 
 from pytest_ranks.launch.messages import Finished, Phase, Raised
 from pytest_ranks.launch.outcome import ExpectedEnd, result_of, verdict
-from pytest_ranks.launch.pool import RankRun
+from pytest_ranks.launch.rank_run import RankRun
 
 KILLED = ExpectedEnd(text="die of SIGKILL", statuses=frozenset({-9}))
 GREEN = {"passed", "xpassed", "xfailed", "skipped"}

@@ -10,7 +10,7 @@ import pytest
 from pytest_ranks.launch import reports
 from pytest_ranks.launch.messages import Finished, Phase
 from pytest_ranks.launch.outcome import ExpectedEnd
-from pytest_ranks.launch.pool import RankRun
+from pytest_ranks.launch.rank_run import RankRun
 from pytest_ranks.launch.reports import Context
 
 

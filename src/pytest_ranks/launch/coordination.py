@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pytest_ranks.launch.messages import RunItem, TearDown
-from pytest_ranks.launch.pool import RankRun
+from pytest_ranks.launch.rank_run import RankRun
 
 # ---- from a follower: the pytest of a rank other than 0
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pytest_ranks.launch.collectives import Difference
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
     from pytest_ranks.launch.sight import Record, Sight
 
 _WHAT_DIFFERS = {

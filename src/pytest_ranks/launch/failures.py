@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.folding import fold, likeness, ranks_text
-from pytest_ranks.launch.messages import Raised
+from pytest_ranks.launch.messages import Injected, Raised
 from pytest_ranks.launch.processes import describe_end
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
 
 # Seconds for fork, imports, collection and rendezvous, before the deadline of the work starts.
 START_SECONDS = 300.0
@@ -154,11 +154,13 @@ def of_unfinished(run: RankRun, *, output: str, follows: bool = False) -> Failur
         output: the end of what it wrote.
         follows: whether it had reported a failure before.
     """
+    injected = [one for one in run.messages if isinstance(one, Injected)]
+    why = "".join(f", after {one.call} {one.place}" for one in injected)
     if run.crashed:
         return Failure(
             rank=run.rank,
             kind="died",
-            headline=f"{describe_end(run.status)} without a report",
+            headline=f"{describe_end(run.status)} without a report{why}",
             text=deadline.trim(run.stacks),
             at=run.at,
             output=output,
@@ -169,7 +171,7 @@ def of_unfinished(run: RankRun, *, output: str, follows: bool = False) -> Failur
     return Failure(
         rank=run.rank,
         kind=kind,
-        headline=f"was in {place}",
+        headline=f"was in {place}{why}",
         text=deadline.trim(run.stacks),
         at=run.at,
         output=output,

@@ -26,7 +26,8 @@ from pytest_ranks.launch.coordination import (
 from pytest_ranks.launch.line import Line, LineLost
 from pytest_ranks.launch.messages import Raised, RunItem
 from pytest_ranks.launch.outcome import ExpectedEnd
-from pytest_ranks.launch.pool import RankRun, Ranks
+from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.rank_run import RankRun
 from pytest_ranks.launch.service import is_failure, is_last
 from pytest_ranks.launch.spread import own_interface
 

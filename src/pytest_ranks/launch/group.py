@@ -279,15 +279,21 @@ class ProcessGroup:
 
         The ranks of one controller wait at their line; here nobody sees all of them but a store.
         """
+        rendezvous = world.rendezvous
+        assert rendezvous is not None
+        store = self.store(world, "start")
+        if store.add("arrived", 1) == world.world_size:
+            store.set("all", "here")
+        store.wait(["all"], timedelta(seconds=rendezvous.seconds))
+
+    def store(self, world: World, name: str) -> PrefixStore:
+        """Return a place of this name that all ranks of the run have in common."""
         import torch.distributed as dist
 
         rendezvous = world.rendezvous
         assert rendezvous is not None
-        name = f"pytest_ranks/{rendezvous.run}/start"
-        store = dist.PrefixStore(name, self._home(rendezvous))  # type: ignore[attr-defined]
-        if store.add("arrived", 1) == world.world_size:
-            store.set("all", "here")
-        store.wait(["all"], timedelta(seconds=rendezvous.seconds))
+        prefix = f"pytest_ranks/{rendezvous.run}/{name}"
+        return dist.PrefixStore(prefix, self._home(rendezvous))  # type: ignore[attr-defined]
 
     def next_store(self, rendezvous: Rendezvous) -> PrefixStore:
         """Return the store of the process under a prefix that was never used.

@@ -14,7 +14,7 @@ from pytest_ranks.launch.outcome import DIED_AS_EXPECTED
 
 if TYPE_CHECKING:
     from pytest_ranks.launch.outcome import ExpectedEnd, RankResult
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
 
 
 def failures_of(

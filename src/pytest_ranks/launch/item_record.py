@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.failures import Failure
     from pytest_ranks.launch.outcome import RankResult
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
     from pytest_ranks.launch.reports import ItemOutcome
     from pytest_ranks.launch.service import ItemRun
     from pytest_ranks.launch.spec import RankSpec

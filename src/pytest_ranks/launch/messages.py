@@ -250,6 +250,21 @@ class Raised:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Injected:
+    """A fault that the test asked for happens now on the rank; it may be the rank's last word.
+
+    Attributes:
+        kind: name of the method of `faults` that the test called.
+        call: the call as the test wrote it.
+        place: where it struck.
+    """
+
+    kind: str
+    call: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """One report of one phase of an item.
 

@@ -11,7 +11,7 @@ from pytest_ranks.launch.messages import Finished, Phase, Raised
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
 
 STRICT_XPASS = "[XPASS(strict)]"  # how pytest begins the text of a strict unexpected pass
 DIED_AS_EXPECTED = "died_as_expected"
@@ -152,6 +152,8 @@ def result_of(run: RankRun, *, expected_end: ExpectedEnd | None = None) -> RankR
     expected: Literal["", "died", "lives"] = ""
     if expected_end is not None:
         expected = "died" if run.crashed and expected_end.is_met(run.status) else "lives"
+    elif run.stopped == "frozen":
+        expected = "died"  # as good as that: the test had it hang for good
     return RankResult(
         rank=run.rank,
         phases=tuple(sorted(phases, key=lambda phase: order.index(phase.when))),

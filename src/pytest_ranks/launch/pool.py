@@ -6,15 +6,15 @@ import contextlib
 import os
 import select
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.failures import START_SECONDS
-from pytest_ranks.launch.messages import Leave, Playing, Ready
+from pytest_ranks.launch.messages import Injected, Leave, Playing, Ready
 from pytest_ranks.launch.probe import Probe
 from pytest_ranks.launch.processes import read_tail
+from pytest_ranks.launch.rank_run import RankRun
 from pytest_ranks.launch.sight import Observer
 from pytest_ranks.launch.wire import ChannelClosed
 
@@ -23,50 +23,12 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.link import RankHandle, ZygoteLink
     from pytest_ranks.launch.outcome import ExpectedEnd
-    from pytest_ranks.launch.sight import Sight
     from pytest_ranks.launch.startline import StartLine
 
 # Seconds that ranks have for their own end after one rank failed; its sockets are cut by then, so
 # that only a rank that is not in a collective, or a very loaded machine, needs more than milliseconds.
 GRACE = 2.0
 STATUS_SECONDS = 1.0
-
-
-@dataclass(slots=True)
-class RankRun:
-    """What one rank did in one run.
-
-    Attributes:
-        rank: its number.
-        messages: what it said, in order, without the greeting.
-        done: whether it said that it is done.
-        crashed: whether its process ended by itself.
-        status: how the process ended, as an exit code or -signal.
-        stopped: why we ended it: nothing, `collateral` after another's failure, `abandoned` in
-            a collective when the others had finished, `deadlock` when ranks waited for each
-            other, `unready` when the ranks never got to start, or `deadline`.
-        at: CLOCK_MONOTONIC seconds at which its end was seen.
-        output: the end of what it wrote outside of pytest's capture.
-        captured: the end of what pytest's capture held when the process ended.
-        stacks: dump of all its threads, or of the fatal error that ended it.
-        where: one line on where its main thread was.
-        threads: the threads that play ranks, where the process plays several.
-        sight: what its witness saw before a rank was stopped.
-    """
-
-    rank: int
-    messages: list[Any] = field(default_factory=list)
-    done: bool = False
-    crashed: bool = False
-    status: int | None = None
-    stopped: str = ""
-    at: float = 0.0
-    output: str = ""
-    captured: str = ""
-    stacks: str = ""
-    where: deadline.Where | None = None
-    threads: tuple[int, ...] = ()
-    sight: Sight | None = None
 
 
 class Peers(Protocol):
@@ -120,6 +82,7 @@ class Ranks:
         starts: bool = True,
         peers: Peers | None = None,
         expected_ends: Mapping[int, ExpectedEnd] | None = None,
+        on_injected: Callable[[Injected], None] = lambda _: None,
     ) -> tuple[list[RankRun], bool]:
         """Send one request to every rank and watch until each is done, dead or stopped.
 
@@ -131,6 +94,7 @@ class Ranks:
             starts: whether ranks say that they have; else the time runs from now.
             peers: ranks of the same run that are watched elsewhere.
             expected_ends: rank -> how its process has to end; the others then have their time.
+            on_injected: called for each fault that a rank tells of.
 
         Returns:
             What each rank did, and whether the deadline passed.
@@ -146,6 +110,7 @@ class Ranks:
         probe = Probe(self._observer, self.world_size)
         watch = _Watch(self._link, self._handles, line, probe, is_last, is_failure, timeout, peers)
         watch.expected_ends = expected_ends or {}
+        watch.on_injected = on_injected
         try:
             for handle in self._handles:
                 try:
@@ -211,6 +176,8 @@ class _Watch:
         self._timeout = timeout
         self._peers = peers
         self.expected_ends: Mapping[int, ExpectedEnd] = {}
+        self.on_injected: Callable[[Injected], None] = lambda _: None
+        self._is_injected = False
         now = time.monotonic()
         # The deadline counts from the start of the work. That it has started is read in shared
         # memory, when the time would be up or a message wakes us anyway.
@@ -226,6 +193,10 @@ class _Watch:
         if self._peers is not None and self._peers.has_failed():
             self._give_grace()
         while waiting := [run for run in self.runs if not (run.done or run.crashed)]:
+            have_others_finished = self._peers is None or self._peers.has_finished()
+            if all(run.is_frozen for run in waiting) and have_others_finished:
+                self._end_frozen(waiting)
+                break
             now = time.monotonic()
             limit = self._limit(now)
             grace = limit if self._grace is None else self._grace
@@ -249,6 +220,12 @@ class _Watch:
                 run.output = read_tail(handle.output)
         return timed_out
 
+    def _end_frozen(self, waiting: list[RankRun]) -> None:
+        """End ranks that wait for nothing but their end."""
+        for run in waiting:
+            run.stopped, run.at = "frozen", time.monotonic()
+            self._handles[run.rank].kill()
+
     def _limit(self, now: float) -> float:
         """Return when the time is up, as far as that is known now."""
         if self._started is None and self._line is not None:
@@ -263,7 +240,7 @@ class _Watch:
     def _is_past_probing(self) -> bool:
         """Return whether ranks that wait in vain end without a look at them."""
         # a failure cuts them off; where a death is declared, one may wait for its own timeout
-        return self._grace is not None or bool(self.expected_ends)
+        return self._grace is not None or bool(self.expected_ends) or self._is_injected
 
     def _judge(self, limit: float) -> str:
         """Return why nothing will come of waiting any longer, nothing where something may."""
@@ -334,6 +311,10 @@ class _Watch:
             run.threads = message.threads
             return
         run.messages.append(message)
+        if isinstance(message, Injected):
+            self._is_injected = True
+            run.is_frozen = message.kind == "hang"
+            self.on_injected(message)
         if self._is_last(message) and not run.done:
             run.done = True
             self._probe.hurry()

@@ -44,6 +44,8 @@ from pytest_ranks.launch.wire import Channel, ChannelClosed
 from pytest_ranks.launch.witness import Witness
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -70,6 +72,7 @@ class RankContext:
     _dimensions: tuple[tuple[str, int], ...]
     _group: ProcessGroup
     _world: World
+    _tell: Callable[[object], None] | None = None
 
     def __repr__(self) -> str:
         return f"<rank {self.index} of {self.world_size}>"
@@ -145,8 +148,16 @@ def current_rank() -> RankContext:
     return _current[0]
 
 
-def context_of(world: World, group: ProcessGroup) -> RankContext:
-    """Return what a test knows of a rank at this place in the world."""
+def context_of(
+    world: World, group: ProcessGroup, *, tell: Callable[[object], None] | None = None
+) -> RankContext:
+    """Return what a test knows of a rank at this place in the world.
+
+    Args:
+        world: the place.
+        group: its process group.
+        tell: sends a message to the controller, where the rank has a process of its own.
+    """
     kind = RankOfAll if world.fidelity == "local_tensor" else RankContext
     return kind(
         index=world.rank,
@@ -157,6 +168,7 @@ def context_of(world: World, group: ProcessGroup) -> RankContext:
         _dimensions=world.mesh,
         _group=group,
         _world=world,
+        _tell=tell,
     )
 
 
@@ -269,7 +281,7 @@ class Rank:
         if world.fidelity in HOSTED:
             self._begin_to_play(world)
             return
-        _current[:] = [context_of(world, self._group)]
+        _current[:] = [context_of(world, self._group, tell=self._channel.send)]
         if world.mesh:
             self._group.mesh(world)
         if world.place is not None:

@@ -10,7 +10,7 @@ from pytest_ranks import _compat
 from pytest_ranks.launch import failures, outcome, sections
 from pytest_ranks.launch.folding import fold, ranks_text
 from pytest_ranks.launch.item_failures import failures_of
-from pytest_ranks.launch.messages import Raised
+from pytest_ranks.launch.messages import Injected, Raised
 from pytest_ranks.report.records import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.failures import Failure
     from pytest_ranks.launch.messages import Phase
     from pytest_ranks.launch.outcome import ExpectedEnd, RankResult
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
 
 AGREED = ("passed", "xpassed", "xfailed", "skipped", "strict_xpass")
 NO_PDB = (
@@ -214,7 +214,7 @@ def _failed(
         *failures.hints(first),
         *_lines_of_others(first[1:], root),
         *_lines_of_later(later),
-        *_lines_of_deaths(results, context),
+        *_lines_of_what_was_asked_for(runs, results, context),
         *sections.last_lines([*first, *later]),
         *failures.stacks([*first, *later]),
         *(context.notes if word == "crashed" else ()),
@@ -354,14 +354,22 @@ def _lines_of_others(others: Sequence[Failure], root: Failure | None) -> list[st
     return [*lines, *(f"{ranks_text(ranks)} {text}" for ranks, text in fold([*raised, *died]))]
 
 
-def _lines_of_deaths(results: list[RankResult], context: Context) -> list[str]:
-    """Return a line for each death that was declared and happened."""
+def _lines_of_what_was_asked_for(
+    runs: list[RankRun], results: list[RankResult], context: Context
+) -> list[str]:
+    """Return a line for each declared death and each injected fault that happened."""
     texts = [
         (one.rank, f"was expected to {context.expected_ends[one.rank].text}, and did")
         for one in results
-        if one.status == outcome.DIED_AS_EXPECTED
+        if one.status == outcome.DIED_AS_EXPECTED and one.rank in context.expected_ends
     ]
-    return [f"rank {rank} {text}" for rank, text in texts]
+    faults = [
+        f"injected on rank {run.rank}: {one.call} {one.place}"
+        for run in runs
+        for one in run.messages
+        if isinstance(one, Injected)
+    ]
+    return [*(f"rank {rank} {text}" for rank, text in texts), *faults]
 
 
 def _lines_of_later(later: Sequence[Failure]) -> list[str]:

@@ -11,6 +11,7 @@ from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.messages import (
     Finished,
+    Injected,
     Phase,
     Raised,
     Rendezvous,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_ranks.launch.link import ZygoteLink
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
     from pytest_ranks.launch.spec import RankSpec
 
 # The group's own timeout lies behind ours, so that ours reports first, with all stacks.
@@ -161,12 +162,8 @@ class RankService:
         folder = _compat.base_temp(self._session.config) / "ranks"
         shared = folder / f"shared{number}"
         port = self._link.open_store()
-        rendezvous = Rendezvous(
-            run=number,
-            port=port,
-            home_port=pool.home_port,
-            seconds=request.seconds + BEHIND_DEADLINE,
-        )
+        seconds = request.seconds + BEHIND_DEADLINE
+        rendezvous = Rendezvous(run=number, port=port, home_port=pool.home_port, seconds=seconds)
         spec = request.spec
 
         def message(rank: int) -> RunItem:
@@ -195,6 +192,7 @@ class RankService:
                 is_failure=is_failure,
                 timeout=request.seconds,
                 expected_ends=deaths.expected_ends(spec),
+                on_injected=lambda fault: self._lose_stores(fault, (port, pool.home_port)),
             )
         except BaseException:
             self._pools.kill(pool)
@@ -203,6 +201,13 @@ class RankService:
         is_used = any(not isinstance(said, Finished) for run in runs for said in run.messages)
         self._link.close_store(port, is_used=is_used)
         return self._item_run(pool, runs, spec)
+
+    def _lose_stores(self, fault: Injected, ports: tuple[int, ...]) -> None:
+        """Take stores away from ranks whose test asked for that."""
+        assert self._link is not None
+        if fault.kind == "drop_store":
+            for port in ports:
+                self._link.close_store(port)
 
     def settle(self, request: ItemRequest, done: ItemRun, *, is_clean: bool) -> list[str]:
         """Keep the pool where that is safe, else end it; return what its last teardowns raised."""
@@ -214,8 +219,9 @@ class RankService:
         messages = [message for run in done.runs for message in run.messages]
         sequences = {one.sequence for one in messages if isinstance(one, Finished)}
         is_cut = any(isinstance(message, Phase) for message in messages)
+        is_injected = any(isinstance(message, Injected) for message in messages)
         is_kept_clean = key.scope is None or (len(sequences) == 1 and not is_cut)
-        if is_clean and is_kept_clean and not is_alone(request.spec):
+        if is_clean and not is_injected and is_kept_clean and not is_alone(request.spec):
             self._pools.give_back(key, pool)
             return []
         errors = self._tear_down(pool) if key.scope is not None else []

@@ -15,8 +15,9 @@ from pytest_ranks.launch.folding import ranks_text
 from pytest_ranks.launch.hub import LOOPBACK
 from pytest_ranks.launch.interfaces import interface_towards
 from pytest_ranks.launch.line import LineLost
-from pytest_ranks.launch.messages import Place, Raised, RunItem
-from pytest_ranks.launch.pool import RankRun, Ranks
+from pytest_ranks.launch.messages import Injected, Place, Raised, RunItem
+from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.rank_run import RankRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -85,6 +86,7 @@ class SpreadRanks(Ranks):
         starts: bool = True,
         peers: Peers | None = None,  # noqa: ARG002 - there are no others
         expected_ends: Mapping[int, ExpectedEnd] | None = None,
+        on_injected: Callable[[Injected], None] = lambda _: None,
     ) -> tuple[list[RankRun], bool]:
         """Send one request to every rank, and see to it that each is done, dead or stopped."""
         self.runs += 1
@@ -111,6 +113,7 @@ class SpreadRanks(Ranks):
                 starts=starts,
                 peers=crew,
                 expected_ends=ends,
+                on_injected=on_injected,
             )
             runs += crew.gather(RESULT_SECONDS + (0 if timed_out else timeout))
         except BaseException:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_ranks.launch.messages import Warned
-    from pytest_ranks.launch.pool import RankRun
+    from pytest_ranks.launch.rank_run import RankRun
 
 
 def forward_warnings(config: pytest.Config, runs: list[RankRun]) -> None:

@@ -8,6 +8,7 @@ import pickle
 import select
 import socket
 import struct
+import threading
 import time
 from typing import Any
 
@@ -32,6 +33,7 @@ class Channel:
         self._socket = end
         self._bytes = bytearray()
         self._descriptors: list[int] = []
+        self._sending = threading.Lock()  # threads of a test's fault tell of it
 
     @classmethod
     def from_fd(cls, fd: int) -> Channel:
@@ -59,9 +61,10 @@ class Channel:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
             # in one piece, so that the other end wakes up once
-            sent = self._socket.sendmsg([header, data], rights if descriptors else [])
-            if sent < len(header) + len(data):
-                self._socket.sendall((header + data)[sent:])
+            with self._sending:
+                sent = self._socket.sendmsg([header, data], rights if descriptors else [])
+                if sent < len(header) + len(data):
+                    self._socket.sendall((header + data)[sent:])
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed(str(error)) from error
 
