@@ -140,6 +140,8 @@ class SpreadRanks(Ranks):
                 for node, ranks in by_node.items()
             ]
             lines.append("; ".join(places))
+        if self._hub.is_ending:
+            lines.append("rank 0 was asked to end (SIGTERM) while the test ran")
         lost = [index for index, one in enumerate(self._members, start=1) if one.loss is not None]
         if lost and self._late:
             waits: dict[str, list[int]] = {}
