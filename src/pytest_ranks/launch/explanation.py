@@ -25,10 +25,22 @@ _WHAT_DIFFERS = {
 
 
 def explain(runs: Sequence[RankRun]) -> list[str]:
-    """Return what the ranks of a run that had to be stopped were doing, a line a finding.
+    """Return what is known of a failed run besides what its ranks said, a line a finding.
 
-    Empty where no rank was stopped, or none was seen.
+    How ranks were killed; and where some had to be stopped, what each of them was doing.
     """
+    by_note: dict[str, list[int]] = {}
+    for run in runs:
+        if run.note:
+            by_note.setdefault(run.note, []).append(run.rank)
+    killed = [
+        f"{ranks_text(ranks)} {note.replace('was', 'were', 1) if ranks[1:] else note}"
+        for note, ranks in by_note.items()
+    ]
+    return [*killed, *_explain_stopped(runs)]
+
+
+def _explain_stopped(runs: Sequence[RankRun]) -> list[str]:
     if not any(run.stopped for run in runs) or not any(run.sight for run in runs):
         return []
     sights = {run.rank: run.sight for run in runs if run.sight is not None}

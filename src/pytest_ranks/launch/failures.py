@@ -184,10 +184,17 @@ def in_order(failures: Sequence[Failure]) -> list[Failure]:
     return sorted(failures, key=lambda one: (one.is_collateral, one.cause_at))
 
 
-def describe(failures: Sequence[Failure], *, world_size: int, timeout: float) -> str:
+def describe(
+    failures: Sequence[Failure],
+    *,
+    world_size: int,
+    timeout: float,
+    explanations: Sequence[str] = (),
+) -> str:
     """Return the text of a failed run; the failures are in order."""
     first, rest = failures[0], failures[1:]
-    lines = [headline(failures, world_size=world_size, timeout=timeout), *hints(failures)]
+    lines = [headline(failures, world_size=world_size, timeout=timeout), *explanations]
+    lines += hints(failures)
     if first.kind == "raised":
         lines += ["", f"traceback of rank {first.rank}:", first.text.rstrip()]
     lines += _output(first)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, UnavailableError
 from pytest_ranks.launch import failures
 from pytest_ranks.launch.coverage import SAVE_SECONDS, Harvest
+from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
 from pytest_ranks.launch.messages import Prepare, Raised, Rendezvous, Returned, RunFunction, World
@@ -174,7 +175,9 @@ class RankHost:
         if not failed:
             return [_result(run, world_size) for run in runs]
         ordered = failures.in_order(failed)
-        text = failures.describe(ordered, world_size=world_size, timeout=timeout)
+        text = failures.describe(
+            ordered, world_size=world_size, timeout=timeout, explanations=explain(runs)
+        )
         kind = RankTimeout if timed_out else RankFailure
         raise kind(text, rank=ordered[0].rank, world_size=world_size)
 

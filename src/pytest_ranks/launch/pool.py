@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.failures import START_SECONDS
+from pytest_ranks.launch.memory import own_group
 from pytest_ranks.launch.messages import Injected, Leave, Playing, Ready
 from pytest_ranks.launch.probe import Probe
 from pytest_ranks.launch.processes import read_tail
@@ -186,6 +187,7 @@ class _Watch:
         self._look = now + timeout
         self._grace: float | None = None
         self._probe = probe
+        self._kills = own_group().kills()
 
     def until_over(self) -> bool:
         """Return, once no rank is at work any more, whether the deadline passed."""
@@ -346,6 +348,8 @@ class _Watch:
         self._read_output(handle, run)
         end = self.expected_ends.get(run.rank)
         if end is None or not end.is_met(run.status):
+            if not self._is_injected:  # the report names the fault
+                run.note = own_group().explain(run.status, self._kills)
             self._fail()
 
     def _stop(self, waiting: list[RankRun], why: str) -> None:

@@ -32,6 +32,7 @@ class RankRun:
         where: one line on where its main thread was.
         threads: the threads that play ranks, where the process plays several.
         sight: what its witness saw before a rank was stopped.
+        note: what is known of how it was killed.
         is_frozen: whether it stopped itself, as its test had asked.
     """
 
@@ -48,4 +49,5 @@ class RankRun:
     where: deadline.Where | None = None
     threads: tuple[int, ...] = ()
     sight: Sight | None = None
+    note: str = ""
     is_frozen: bool = False
