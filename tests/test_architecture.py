@@ -26,6 +26,7 @@ FLOORS = (
         "__init__",
         "_compat",
         "_compat_fidelity",
+        "_compat_terminal",
         "launch.spec",
         "launch.wire",
         "launch.messages",

@@ -82,6 +82,13 @@ def _parse_count(text: str) -> int:
     return value
 
 
+def _parse_rank(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
 def _parse_bool(text: str) -> bool:
     return text == "True"
 
@@ -182,6 +189,17 @@ TABLE = (
         parse=_parse_path,
         expected="the path of a file",
         example="ranks.json",
+        shown="none",
+    ),
+    Option(
+        name="debug",
+        help="Rank that gets the terminal for breakpoint(), --pdb and --trace; all deadlines are "
+        "lifted",
+        default=None,
+        metavar="RANK",
+        parse=_parse_rank,
+        expected="the number of a rank, from 0",
+        example="1",
         shown="none",
     ),
     Option(

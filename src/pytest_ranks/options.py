@@ -33,6 +33,7 @@ class Settings:
         max_world_size: the most ranks that one test may ask for.
         fidelity: how real the ranks are, for tests whose mark allows it.
         report: file for what each test did on its ranks, as JSON.
+        debug: the rank that gets the terminal for a debugger, None where none was chosen.
         hardware_marks: whether `gpu`, `multi_gpu`, `trainium` and `requires` are ours.
         subject: the training code that the conformance suites test.
         suite: suites or check ids to run; empty means all.
@@ -46,6 +47,7 @@ class Settings:
     timeout: float
     require: tuple[Required, ...]
     max_world_size: int
+    debug: int | None
     fidelity: str | None
     report: str | None
     hardware_marks: bool

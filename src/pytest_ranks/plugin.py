@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from pytest_ranks.report.verdict import VerdictReporter
 
     options.settings(config)
+    scan.check_options(config)
     marks.register(config)
     config.pluginmanager.register(NeedsReporter(config), "ranks-needs")
     config.pluginmanager.register(VerdictReporter(config), "ranks-verdict")

@@ -126,16 +126,6 @@ def test_random_order_import_mode_and_warnings_as_errors(run_session):
     assert "FutureWarning: said on ranks" in session.call("test_warns").text
 
 
-def test_no_capture_shows_the_ranks_at_once(run_session):
-    file = (
-        "import pytest\n@pytest.mark.ranks(2)\ndef test_it(rank): print(f'shown by {rank.index}')\n"
-    )
-    session = run_session({"test_it.py": file}, "-s", "-p", "no:randomly")
-    assert outcomes(session) == {"test_it": ["passed"]}, session.output
-    assert "shown by 0" in session.output
-    assert "shown by 1" in session.output
-
-
 def test_setup_is_shown_by_the_controller_alone(run_session):
     session = run_session(
         {"test_it.py": FILE}, "--setup-show", "-p", "no:randomly", "-k", "TestClass or plain"
@@ -143,13 +133,6 @@ def test_setup_is_shown_by_the_controller_alone(run_session):
     expected = {"test_plain": ["passed"], "TestClass::test_method": ["passed"]}
     assert outcomes(session) == expected, session.output
     assert "test_it.py::TestClass::test_method" in session.output
-
-
-def test_pdb_says_that_it_is_not_in_a_rank(run_session):
-    file = "import pytest\n@pytest.mark.ranks(2)\ndef test_it(rank): assert rank.index == 0\n"
-    session = run_session({"test_it.py": file}, "--pdb", "-p", "no:randomly")
-    said = "note: --pdb cannot stop inside a rank, which is a process of its own; its prompt is in "
-    assert said in session.call("test_it").text
 
 
 def test_a_rank_without_a_mark_is_one_sentence(run_session):

@@ -16,7 +16,7 @@ import pytest
 
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, UnavailableError
-from pytest_ranks.launch import deaths, reports, scopes
+from pytest_ranks.launch import deaths, debug, reports, scopes
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.item_record import record_of, record_of_not_run
 from pytest_ranks.launch.pool import Ranks
@@ -171,6 +171,10 @@ class RankItems:
         errors = self._service.settle(request, done, is_clean=decided.is_clean)
         if errors:
             decided.fail_teardown(item, errors)
+        if debug.has_quit(done.runs):
+            if decided.session_end is not None:  # from a breakpoint: the item has no outcome
+                pytest.exit(debug.QUIT)
+            decided.session_end = (debug.QUIT, None)
         if self._has_report:
             decided.record = record_of(item, request.spec, decided, done)
         return decided
@@ -204,6 +208,8 @@ class RankItems:
         return next((name for name, other in self._order[start:] if other == key), None), False
 
     def _seconds(self, item: pytest.Item, spec: RankSpec) -> float:
+        if debug.chosen_rank(self._config) is not None:
+            return debug.LIFTED_SECONDS
         seconds = spec.timeout or options.settings(self._config).timeout
         theirs = _compat.timeout_of(item)
         return seconds if theirs is None else min(seconds, theirs * BEFORE_PYTEST_TIMEOUT)

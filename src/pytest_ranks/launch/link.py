@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch.attendant import Attendant
 from pytest_ranks.launch.deadline import TERMINATE_SECONDS
 from pytest_ranks.launch.group import early_variables, scrub_rank_variables
 from pytest_ranks.launch.messages import (
@@ -99,6 +100,7 @@ class ZygoteLink:
     ) -> None:
         self.channel = channel
         self.how = how
+        self.attendant = Attendant()
         self.farewell = TERMINATE_SECONDS  # seconds that ranks get between SIGTERM and SIGKILL
         self._owner = os.getpid()
         self._pid = pid

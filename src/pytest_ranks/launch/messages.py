@@ -34,7 +34,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configure:
-    """Become a pytest session like the controller's; with `-s` its output comes along."""
+    """Become a pytest session like the controller's."""
 
     arguments: tuple[str, ...]
     directory: str
@@ -194,6 +194,13 @@ class RunItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Terminal:
+    """Whether the rank has the terminal now; with a yes descriptors to read and to write come along."""
+
+    is_yours: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TearDown:
     """Run the teardowns of all fixtures that are still alive on the rank."""
 
@@ -221,6 +228,13 @@ class Playing:
     """This process plays several ranks from now on: the thread of each, by rank."""
 
     threads: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskTerminal:
+    """The rank's debugger wants the terminal, or is done with it."""
+
+    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

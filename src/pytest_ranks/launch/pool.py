@@ -114,13 +114,12 @@ class Ranks:
         watch.on_injected = on_injected
         try:
             for handle in self._handles:
-                try:
+                with contextlib.suppress(ChannelClosed):  # its pidfd tells
                     handle.channel.send(request(handle.rank))
-                except ChannelClosed:
-                    continue  # its pidfd tells
             timed_out = watch.until_over()
         except BaseException:
             self.kill()
+            self._link.attendant.end(self._handles)
             raise
         return watch.runs, timed_out
 
@@ -131,10 +130,8 @@ class Ranks:
     def leave(self) -> None:
         """Ask the processes to flush and leave; `forget` closes what does not."""
         for handle in self._handles:
-            try:
+            with contextlib.suppress(ChannelClosed, OSError):
                 handle.channel.send(Leave())
-            except (ChannelClosed, OSError):
-                continue
 
     def have_left(self) -> bool:
         """Return whether all processes have ended."""
@@ -200,6 +197,8 @@ class _Watch:
                 self._end_frozen(waiting)
                 break
             now = time.monotonic()
+            if self._link.attendant.is_patient:
+                self._put_off(now)
             limit = self._limit(now)
             grace = limit if self._grace is None else self._grace
             if now >= limit:
@@ -220,6 +219,7 @@ class _Watch:
         for handle, run in zip(self._handles, self.runs, strict=True):
             if run.done:
                 run.output = read_tail(handle.output)
+        self._link.attendant.end(self._handles)
         return timed_out
 
     def _end_frozen(self, waiting: list[RankRun]) -> None:
@@ -238,6 +238,12 @@ class _Watch:
         if now >= self._look:
             self._look = now + min(self._timeout, STATUS_SECONDS)
         return self._unready
+
+    def _put_off(self, now: float) -> None:
+        """Have all time that is left run from now."""
+        self._started = None if self._started is None else now
+        self._grace = None if self._grace is None else now + GRACE
+        self._probe.put_off()
 
     def _is_past_probing(self) -> bool:
         """Return whether ranks that wait in vain end without a look at them."""
@@ -266,7 +272,8 @@ class _Watch:
             poll.register(fd, select.POLLIN)
         if self._peers is not None:
             poll.register(self._peers.fileno(), select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(int(seconds * 1000) + 1)}
+        ready = {fd for fd, _ in poll.poll(self._link.attendant.milliseconds(seconds))}
+        self._link.attendant.look(self._handles)
         if self._peers is not None and self._peers.fileno() in ready:
             self._hear(self._peers)
         if self._link.channel.fileno() in ready:
@@ -311,6 +318,8 @@ class _Watch:
             return
         if isinstance(message, Playing):
             run.threads = message.threads
+            return
+        if self._link.attendant.take(handle, message):
             return
         run.messages.append(message)
         if isinstance(message, Injected):

@@ -189,6 +189,13 @@ class ItemRunner(Protocol):
     def tear_down(self) -> Finished:
         """Run the teardowns of all live fixtures."""
 
+    def connect(self, channel: Channel, release: Callable[[], None]) -> None:
+        """Have the channel to ask the controller on, and what lets peers go after a failure."""
+
+    @property
+    def holds_peers(self) -> bool:
+        """Whether peers go on waiting after a failure, since somebody may look at the rank."""
+
 
 class Failing(Protocol):
     """Takes a message about a failure, sends it, and lets the peers go."""
@@ -215,14 +222,17 @@ class Rank:
         self._items = items
         self._group = ProcessGroup()
         self._witness = Witness()
-        self._cut = False
+        self._cut = self._held = False
         self._host: Host | None = None
         self._world = World(rank=0, world_size=1)
 
     def serve(self) -> None:
         """Answer requests until told to leave; never returns."""
         with contextlib.suppress(ChannelClosed):
-            captured = self._items.prepare(self._output) if self._items is not None else ()
+            captured: tuple[int, ...] = ()
+            if self._items is not None:
+                captured = self._items.prepare(self._output)
+                self._items.connect(self._channel, self._release)
             ends = (self._witness.start(), *captured)
             self._channel.send(Ready(main_thread=threading.main_thread().ident or 0), ends)
             for fd in ends:
@@ -249,7 +259,7 @@ class Rank:
         assert isinstance(request, RunFunction | RunItem)
         self._register_stacks()
         self._witness.since = time.time_ns()
-        self._cut = False
+        self._cut = self._held = False
         self._enter(request.world)
         self._line.cross()
         if isinstance(request, RunFunction):
@@ -260,6 +270,8 @@ class Rank:
         assert self._items is not None
         with self._around(request.world):
             finished = self._items.run(request, self._fail)
+        if self._held:
+            self._release()
         if request.world.keep_group:
             finished = replace(finished, sequence=self._group.sequence())
         coverage.save()
@@ -328,6 +340,12 @@ class Rank:
         if isinstance(message, Raised):  # the last thing that this rank says
             coverage.save()
         self._channel.send(message)
+        self._held = self._items is not None and self._items.holds_peers
+        if not self._held:
+            self._release()
+
+    def _release(self) -> None:
+        """Let the peers go that wait for this rank."""
         if not self._cut and self._world.fidelity not in HOSTED:
             self._cut = True
             rendezvous = self._world.rendezvous

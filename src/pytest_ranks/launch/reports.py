@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 AGREED = ("passed", "xpassed", "xfailed", "skipped", "strict_xpass")
 NO_PDB = (
-    "note: --pdb cannot stop inside a rank, which is a process of its own; its prompt is in the "
-    "process that waits for the ranks"
+    "note: --pdb found nothing to stop at: no rank raised; --ranks-debug=RANK stops a rank at "
+    "breakpoint()"
 )
 
 
@@ -219,7 +219,7 @@ def _failed(
         *failures.stacks([*first, *later]),
         *(context.notes if word == "crashed" else ()),
     ]
-    if item.config.getoption("usepdb", False):
+    if item.config.getoption("usepdb", False) and (root is None or root.kind != "raised"):
         tail.append(NO_PDB)
     head = _head(first, results, word, context)
     decided.phases[when] = PhaseOutcome(

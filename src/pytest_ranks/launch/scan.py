@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pytest_ranks import marks
+from pytest_ranks.options import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,18 @@ ATTACHED = "ranks-attached"  # the plugin of a session that a launcher started o
 _SIGN = b"mark.ranks"
 # A tree of more files than this is not scanned to its end: ranks then start at their first item.
 MOST_FILES = 3000
+
+
+def check_options(config: pytest.Config) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        pytest.UsageError: a rank is to be debugged where it cannot have the terminal.
+    """
+    if settings(config).debug is not None:
+        from pytest_ranks.launch import debug
+
+        debug.check(config)
 
 
 def before_collection(session: pytest.Session) -> None:

@@ -162,7 +162,7 @@ class RankService:
         folder = _compat.base_temp(self._session.config) / "ranks"
         shared = folder / f"shared{number}"
         port = self._link.open_store()
-        seconds = request.seconds + BEHIND_DEADLINE
+        seconds = self._link.attendant.lift(request.seconds + BEHIND_DEADLINE)
         rendezvous = Rendezvous(run=number, port=port, home_port=pool.home_port, seconds=seconds)
         spec = request.spec
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from pytest_ranks import _compat
+from pytest_ranks import _compat, options
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of
+from pytest_ranks.launch.debugger import RankDebugger
 from pytest_ranks.launch.hygiene import Baseline
 from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
+from pytest_ranks.launch.output import flush_everything, write_by_lines
 from pytest_ranks.launch.zygote import Zygote
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from pytest_ranks.launch.messages import Configure
+    from pytest_ranks.launch.wire import Channel
     from pytest_ranks.launch.zygote import Ends
 
 # What reports, selects, times or debugs is the controller's; a rank only runs.
@@ -60,16 +63,17 @@ _CONTROLLERS = (
 class RankSession:
     """Runs the items of one pytest session inside rank processes, driven by node id."""
 
-    def __init__(self, session: pytest.Session, shown: tuple[int, ...]) -> None:
+    def __init__(self, session: pytest.Session) -> None:
         self._session = session
         self._config = session.config
-        self._shown = shown
         self._items: dict[str, pytest.Item] = {}
         self._errors: dict[str, str] = {}
         self._phases: list[Phase] = []
         self._warnings: list[Warned] = []
         self._fail: Callable[[object], None] | None = None
+        self._debugger = RankDebugger(self._config, chosen=options.settings(self._config).debug)
         _make_quiet(self._config)
+        self._config.pluginmanager.register(self._debugger, "ranks-debugger")
         self._config.pluginmanager.register(self, "ranks-session")
 
     # ---- in the zygote
@@ -98,15 +102,22 @@ class RankSession:
     def prepare(self, output: int) -> tuple[int, ...]:
         """Give this fork capture files of its own: forks share an open file's position."""
         _compat.stop_capture(self._config)
-        if not self._shown:
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-        else:
-            for number, real in enumerate(self._shown, start=1):
-                os.dup2(real, number)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        write_by_lines()
         captured = _compat.start_capture(self._config)
         self._baseline = Baseline()
+        self._debugger.prepare()
         return captured
+
+    def connect(self, channel: Channel, release: Callable[[], None]) -> None:
+        """Have the way to the controller, and to let peers go after a failure."""
+        self._debugger.connect(channel, release)
+
+    @property
+    def holds_peers(self) -> bool:
+        """Whether peers go on waiting for a failed rank, since somebody may look at it."""
+        return self._debugger.holds_peers
 
     def run(self, request: RunItem, fail: Callable[[object], None]) -> Finished:
         """Run one item and return its reports; `fail` gets each that did not pass, at once."""
@@ -119,10 +130,13 @@ class RankSession:
         _compat.set_base_temp(self._config, Path(request.base_temp))
         self._phases, self._warnings, self._fail = [], [], fail
         errors = self._leave_scopes_of_others(item)
+        self._debugger.enter(request.world.rank, request.world.world_size)
         try:
             self._config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         finally:
             self._fail = None
+            flush_everything()
+            self._debugger.leave()
             signal.setitimer(signal.ITIMER_REAL, 0)
             if not request.world.keep_group:
                 self._baseline.restore()
@@ -235,16 +249,13 @@ def serve(session: pytest.Session, ends: Ends) -> NoReturn:
         ends: what the zygote has of its controller.
     """
     config = session.config
-    shown = ends.shown
     _compat.stop_capture(config)
-    if config.option.capture == "no" and not shown:
-        shown = (os.dup(1), os.dup(2))
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, fd in enumerate((nothing, ends.log, ends.log)):
         os.dup2(fd, number)
     os.close(nothing)
     _compat.start_capture(config)
-    runner = RankSession(session, shown)
+    runner = RankSession(session)
     Zygote(ends, collect=runner.collect, items=runner).serve()
 
 

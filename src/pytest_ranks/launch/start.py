@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_ranks.launch.attendant import Attendant, Display, is_shown
 from pytest_ranks.launch.coverage import SAVE_SECONDS, Harvest
+from pytest_ranks.launch.debug import desk_of
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
 from pytest_ranks.launch.messages import Configure, Prepare
@@ -46,8 +48,11 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
         link = ZygoteLink.start_forked(serve)
     else:
         link = ZygoteLink.start_fresh({**os.environ, **early_variables()}, "--pytest")
-        shown = (1, 2) if session.config.option.capture == "no" else ()
-        link.prepare(_configuration(session.config), shown)
+        link.prepare(_configuration(session.config))
+    link.attendant = Attendant(
+        display=Display(session.config) if is_shown(session.config) else None,
+        desk=desk_of(session.config),
+    )
     measure = harvest_of(session.config).measure()
     if measure is not None:
         link.farewell = SAVE_SECONDS
@@ -76,7 +81,6 @@ def _configuration(config: pytest.Config) -> Configure:
         "distload": False,
         "looponfail": False,
         "tx": [],
-        "usepdb": False,
         "xmlpath": None,
         "htmlpath": None,
         "basetemp": None,

@@ -18,7 +18,7 @@ import os
 import select
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.launch import coverage
@@ -59,13 +59,11 @@ class Ends:
         channel: to the controller.
         controller: pidfd of the controller.
         log: file that the controller reads when the zygote ends early or hangs.
-        shown: where uncaptured output of ranks goes, in a fresh process, which has it elsewhere.
     """
 
     channel: Channel
     controller: int
     log: int
-    shown: tuple[int, ...] = ()
 
 
 class Zygote:
@@ -270,8 +268,8 @@ def main(arguments: list[str]) -> NoReturn:
     if arguments[2:] == ["--pytest"]:
         from pytest_ranks.launch.session import become
 
-        request, shown = ends.channel.receive()
-        become(request, replace(ends, shown=shown))
+        request, _ = ends.channel.receive()
+        become(request, ends)
     Zygote(ends).serve()
 
 

@@ -1,0 +1,113 @@
+"""Private names of pytest around the terminal: its capture, its debugger, and what times both.
+
+pytest 8.4 to 9.2. Each is probed; without one the debugger is less convenient, not wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+
+def suspend_capture(config: pytest.Config) -> None:
+    """Give 0 to 2 back to the terminal, with fixtures such as capsys (no public way)."""
+    manager = config.pluginmanager.get_plugin("capturemanager")
+    if manager is not None:
+        manager.suspend(in_=True)
+
+
+def resume_capture(config: pytest.Config) -> None:
+    """Capture again."""
+    manager = config.pluginmanager.get_plugin("capturemanager")
+    if manager is not None:
+        manager.resume()
+
+
+def capture_ends(config: pytest.Config) -> list[tuple[int, int]]:
+    """Return what suspending the capture gives back: pairs of 0, 1 or 2 and a descriptor.
+
+    `FDCapture` keeps the descriptors that it gives back in `targetfd_save`; a debugger suspends
+    more than once, so both these and 0 to 2 themselves have to lead to the terminal.
+    """
+    manager = config.pluginmanager.get_plugin("capturemanager")
+    capture = getattr(manager, "_global_capturing", None)
+    found = []
+    for number, name in enumerate(("in_", "out", "err")):
+        found.append((number, number))
+        kept = getattr(getattr(capture, name, None), "targetfd_save", None)
+        if isinstance(kept, int):
+            found.append((number, kept))
+    return found
+
+
+def by_lines(stream: object) -> None:
+    """Have a text stream write each line at once, where it can."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(line_buffering=True)
+
+
+def replace_debugger(start: Callable[..., Any]) -> None:
+    """Have every way into pytest's debugger go through a function (`pytestPDB._init_pdb`).
+
+    Args:
+        start: called with pytest's own function, the name of the way, and its arguments.
+    """
+    from _pytest.debugging import pytestPDB
+
+    original = getattr(pytestPDB, "_init_pdb", None)
+    if original is not None:
+        pytestPDB._init_pdb = classmethod(  # type: ignore[assignment,method-assign]
+            lambda _, method, *args, **kwargs: start(original, method, *args, **kwargs)
+        )
+
+
+def trace_tests(config: pytest.Config) -> None:
+    """Have tests begin in the debugger, as `--trace` does."""
+    from _pytest.debugging import PdbTrace
+
+    if not config.pluginmanager.has_plugin("pdbtrace"):
+        config.pluginmanager.register(PdbTrace(), "pdbtrace")
+
+
+def debug_failure(
+    node: pytest.Item, call: pytest.CallInfo[Any], report: pytest.TestReport, reporter: Any
+) -> None:
+    """Show a failure in the debugger, as `--pdb` does.
+
+    Args:
+        node: the item.
+        call: with the exception.
+        report: what pytest makes of it.
+        reporter: the session's terminal reporter, which pytest writes the traceback with.
+    """
+    from _pytest.debugging import PdbInvoke, post_mortem
+
+    manager = node.config.pluginmanager
+    if reporter is None:
+        assert call.excinfo is not None
+        post_mortem(call.excinfo.value if sys.version_info >= (3, 13) else call.excinfo.tb)
+        return
+    manager.register(reporter, "terminalreporter")
+    try:
+        PdbInvoke().pytest_exception_interact(node=node, call=call, report=report)
+    finally:
+        manager.unregister(reporter)
+
+
+def lift_timeouts(config: pytest.Config) -> None:
+    """Have pytest-timeout and pytest's faulthandler wait for ever, as in a debugger of their own.
+
+    Only these two: a `pytest_enter_pdb` of the user's expects a debugger in this process.
+    """
+    manager = config.pluginmanager
+    for plugin in manager.get_plugins():
+        if getattr(plugin, "__name__", "") in ("pytest_timeout", "_pytest.faulthandler"):
+            with contextlib.suppress(Exception):
+                plugin.pytest_enter_pdb()

@@ -1,0 +1,70 @@
+"""What ranks write is shown at once without capture: whole lines, each with its rank."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+FILE = """
+import ctypes, os, sys
+import pytest
+
+C = ctypes.CDLL(None)
+
+
+@pytest.mark.ranks(3)
+def test_lines(rank):
+    for number in range(200):
+        print(f"line {number} of {rank.index} ", end="")
+        print("goes on")
+        if number % 50 == 0:
+            rank.barrier()
+    C.printf(b"from C on %d\\n", rank.index)
+    C.printf(b"C without an end")
+    C.fflush(None)
+    os.write(2, b"\\nto the descriptor\\n")
+    sys.stderr.write("no newline at the end")
+
+
+@pytest.mark.ranks(3)
+def test_killed(rank):
+    print(f"last words of {rank.index}")
+    if rank.index == 1:
+        os.kill(os.getpid(), 9)
+    rank.barrier()
+
+
+def test_plain():
+    print("of the controller")
+"""
+
+
+@pytest.mark.parametrize("option", ["-s", "--capture=tee-sys"])
+def test_lines_are_whole_and_have_their_rank_in_front(run_session, option):
+    arguments = (option, "-v", "-p", "no:randomly", "-p", "no:rerunfailures")
+    session = run_session({"test_it.py": FILE}, *arguments)
+    lines = session.output.splitlines()
+    for rank in range(3):
+        mine = [line for line in lines if line.startswith(f"[rank {rank}] ")]
+        numbered = [line for line in mine if line.endswith("goes on")]
+        assert numbered == [f"[rank {rank}] line {n} of {rank} goes on" for n in range(200)]
+        assert f"[rank {rank}] no newline at the end" in mine
+        if option == "-s":  # the other leaves C to the terminal too, but it does not tee it
+            assert f"[rank {rank}] from C on {rank}" in mine
+            assert f"[rank {rank}] C without an end" in mine
+            assert f"[rank {rank}] to the descriptor" in mine
+    assert "[rank 1] last words of 1" in lines
+    assert not any("of the controller" in line for line in lines if line.startswith("[rank"))
+    assert session.call("test_lines").outcome == "passed"
+    killed = session.call("test_killed")
+    assert "died of SIGKILL" in killed.text
+    assert "goes on" not in str(killed.sections)  # what another test wrote before
+
+
+def test_captured_output_is_not_shown(run_session):
+    arguments = ("-k", "lines", "-p", "no:randomly", "-p", "no:rerunfailures")
+    session = run_session({"test_it.py": FILE}, *arguments)
+    assert "[rank" not in session.output, session.output
+    sections = dict(session.of("test_lines")[-1].sections)
+    assert sections, session.output
