@@ -85,6 +85,7 @@ RANK_MODULES = {
     "launch.startline": "where the ranks of a run wait for each other",
     "launch.processes": "the signal that dumps its stacks",
     "launch.deadline": "the collective that a stack waits in",
+    "launch.target": "the function that it calls",
     "launch.coverage": "which lines the rank executes, for a controller that measures them",
     "launch.witness": "the thread that tells what the rank is doing",
 }

@@ -40,6 +40,7 @@ from pytest_ranks.launch.messages import (
 )
 from pytest_ranks.launch.processes import STACKS_SIGNAL
 from pytest_ranks.launch.startline import StartLine
+from pytest_ranks.launch.target import load
 from pytest_ranks.launch.wire import Channel, ChannelClosed
 from pytest_ranks.launch.witness import Witness
 
@@ -324,7 +325,7 @@ class Rank:
         for module in request.modules:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
-        function = _load(request)
+        function = load(request)
         arguments, keywords = pickle.loads(request.arguments)
         result = function(*arguments, **keywords)
         try:
@@ -384,26 +385,3 @@ def raised(error: BaseException) -> Raised:
         place=collective_of(error),
         session_end=end,
     )
-
-
-def _load(request: RunFunction) -> Any:
-    if request.by_value is not None:
-        return pickle.loads(request.by_value)
-    assert request.target is not None
-    module_name, _, qualname = request.target.partition(":")
-    try:
-        module: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError:
-        # a test module under --import-mode=importlib, or a script: no import finds it by name
-        if request.target_file is None:
-            raise
-        spec = importlib.util.spec_from_file_location(module_name, request.target_file)
-        if spec is None or spec.loader is None:
-            raise
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-    found = module
-    for name in qualname.split("."):
-        found = getattr(found, name)
-    return found

@@ -1,0 +1,41 @@
+"""The function that a request to a rank names, found in its module, its file, or in the request."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pickle
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_ranks.launch.messages import RunFunction
+
+
+def load(request: RunFunction) -> Any:
+    """Return the function to call.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: it has no such function.
+    """
+    if request.by_value is not None:
+        return pickle.loads(request.by_value)
+    assert request.target is not None
+    module_name, _, qualname = request.target.partition(":")
+    try:
+        module: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        # a test module under --import-mode=importlib, or a script: no import finds it by name
+        if request.target_file is None:
+            raise
+        spec = importlib.util.spec_from_file_location(module_name, request.target_file)
+        if spec is None or spec.loader is None:
+            raise
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    found = module
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    return found
