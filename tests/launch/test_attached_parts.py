@@ -141,7 +141,7 @@ def test_what_a_rank_did_travels_as_it_is() -> None:
         when="call",
         outcome="skipped",
         was_xfail=None,
-        report={"longrepr": ("a.py", 3, "why"), "sections": [("out", "\udcff ü")], 1: None},
+        report={"longrepr": ("a.py", 3, "why"), "sections": [("out", "\udcff ü")], 1: b"\x00"},
         at=1.5,
     )
     run = RankRun(
@@ -161,6 +161,8 @@ def test_what_a_rank_did_travels_as_it_is() -> None:
         b"[",
         b'{"type":"os.system","state":{}}',
         b'{"type":"messages.annotations","state":{}}',
+        b'{"type":"codec.Any","state":{}}',
+        b'{"type":"coordination.RankRun","state":{"rank":0}}',
         b'{"type":"coordination.End","state":{"code":1}}',
     ],
 )

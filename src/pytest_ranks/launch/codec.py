@@ -6,19 +6,17 @@ whoever reaches it; and to unpickle is to run what was sent.
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from dataclasses import fields, is_dataclass
-from types import ModuleType
 from typing import Any
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.launch import coordination, deadline, messages, pool, sight
 
-# The modules whose dataclasses travel.
-_MODULES: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (coordination, deadline, messages, pool, sight)
-}
+# Dataclasses of the launch engine travel: they hold data, and making one does nothing.
+_HOME = "pytest_ranks.launch."
+_TYPE = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)\.([A-Z]\w*)")
 
 
 def encode(message: object) -> bytes:
@@ -34,7 +32,14 @@ def decode(data: bytes) -> Any:
     """
     try:
         return _rebuilt(json.loads(data))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+    ) as error:
         raise BadInputError(f"what arrived is no message of ours: {error!r}") from None
 
 
@@ -45,12 +50,16 @@ def _plain(value: object) -> object:
         return [_plain(entry) for entry in value]
     if isinstance(value, tuple):
         return {"tuple": [_plain(entry) for entry in value]}
+    if isinstance(value, set | frozenset):
+        return {"set": [_plain(entry) for entry in value]}
     if isinstance(value, dict):
         return {"dict": [[_plain(key), _plain(entry)] for key, entry in value.items()]}
-    module = type(value).__module__.rpartition(".")[2]
-    if is_dataclass(value) and module in _MODULES:
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    module = type(value).__module__
+    if is_dataclass(value) and module.startswith(_HOME):
         state = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-        return {"type": f"{module}.{type(value).__name__}", "state": state}
+        return {"type": f"{module.removeprefix(_HOME)}.{type(value).__name__}", "state": state}
     raise TypeError(f"{type(value).__qualname__} does not travel between machines")
 
 
@@ -61,10 +70,20 @@ def _rebuilt(value: Any) -> Any:
         return value
     if "tuple" in value:
         return tuple(_rebuilt(entry) for entry in value["tuple"])
+    if "set" in value:
+        return frozenset(_rebuilt(entry) for entry in value["set"])
     if "dict" in value:
         return {_rebuilt(key): _rebuilt(entry) for key, entry in value["dict"]}
-    module, _, name = value["type"].partition(".")
-    kind = vars(_MODULES[module])[name]
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise TypeError(f"{name} is no message")
-    return kind(**{key: _rebuilt(entry) for key, entry in value["state"].items()})
+    if "bytes" in value:
+        return bytes.fromhex(value["bytes"])
+    return _type_of(value["type"])(**{key: _rebuilt(e) for key, e in value["state"].items()})
+
+
+def _type_of(name: str) -> Any:
+    match = _TYPE.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is no message")
+    kind = vars(importlib.import_module(_HOME + match[1]))[match[2]]
+    if not (isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == _HOME + match[1]):
+        raise TypeError(f"{name!r} is no message")
+    return kind
