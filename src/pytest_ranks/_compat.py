@@ -255,6 +255,11 @@ def is_set_up_for(session: pytest.Session, item: pytest.Item) -> bool:
     return stack == item.listchain()[: len(stack)]
 
 
+def set_up(item: pytest.Item) -> None:
+    """Set up an item, and what of its scopes is not alive yet."""
+    item.session._setupstate.setup(item)
+
+
 def tear_down_to(session: pytest.Session, item: pytest.Item | None) -> None:
     """Tear down all live fixture scopes that an item does not share."""
     session._setupstate.teardown_exact(item)

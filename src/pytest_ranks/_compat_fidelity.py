@@ -6,6 +6,7 @@ torch 2.11 to 2.13 has them all; where one is gone, the sentence says which fide
 from __future__ import annotations
 
 import importlib
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,39 @@ def find(fidelity: str, module: str, name: str) -> Any:
 def fake_store() -> Any:
     """Return a store that answers nothing; loading it registers the backend "fake"."""
     return find("fake", "torch.testing._internal.distributed.fake_pg", "FakeStore")()
+
+
+def install_threaded_group() -> Any:
+    """Make process groups belong to threads in this process; return torch's module of them."""
+    name = "torch.testing._internal.distributed.multi_threaded_pg"
+    install = find("threads", name, "_install_threaded_pg")
+    find("threads", "torch._C._distributed_c10d", "_set_thread_isolation_mode")(True)
+    install()
+    return importlib.import_module(name)
+
+
+def finished_work(result: Any) -> Any:
+    """Return a handle of a collective that is over."""
+    from torch.testing._internal.distributed import multi_threaded_pg
+
+    make: Callable[[object], Any] = multi_threaded_pg.ret_work
+    return make(result)
+
+
+def waiting_work(wait: Callable[[], None], is_done: Callable[[], bool]) -> Any:
+    """Return a handle whose `wait()` is this function (`torch.distributed._Work`)."""
+    import torch.distributed as dist
+
+    class Waiting(dist._Work):  # type: ignore[name-defined, misc]
+        def wait(self, timeout: object = None) -> bool:
+            del timeout
+            wait()
+            return True
+
+        def is_completed(self) -> bool:
+            return is_done()
+
+    return Waiting()
 
 
 def replace_everywhere(original: object, name: str, replacement: object) -> None:
@@ -84,10 +118,10 @@ def collect_again(
     try:
         session._fixturemanager = FixtureManager(session)
         session._setupstate = SetupState()
-        _remove_from_hooks(session, removed)
         found: list[pytest.Item] = []
         with _noting(config, found):
             session.perform_collect([file])
+        _remove_from_hooks(session, removed)
     finally:
         for name in ("session", "funcmanage"):
             manager.unregister(name=name)
@@ -141,6 +175,18 @@ def share_log_capture(source: pytest.Item, target: pytest.Item) -> None:
     for key in keys:
         if key in source.stash:
             target.stash[key] = source.stash[key]
+
+
+def lock_temporary_folders(config: pytest.Config) -> None:
+    """Have threads make their `tmp_path` one after the other (`TempPathFactory` counts)."""
+    factory = config._tmp_path_factory  # type: ignore[attr-defined]
+    make, lock = factory.mktemp, threading.Lock()
+
+    def mktemp(basename: str, numbered: bool = True) -> Any:
+        with lock:
+            return make(basename, numbered)
+
+    object.__setattr__(factory, "mktemp", mktemp)  # a frozen class
 
 
 def take_sections(item: pytest.Item) -> list[tuple[str, str]]:

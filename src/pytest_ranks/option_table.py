@@ -175,7 +175,7 @@ TABLE = (
         ini="string",
         env=True,
         parse=_parse_fidelity,
-        expected="fake, local_tensor, gloo or device",
+        expected="fake, local_tensor, threads, gloo or device",
         example="gloo",
         shown="what the mark says",
     ),

@@ -169,4 +169,4 @@ def is_library(file: str) -> bool:
     """Return whether a file belongs to Python, an installed package, or to us."""
     paths = sysconfig.get_paths()
     folders = (paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"])
-    return file.startswith(("<", *folders)) or os.path.dirname(file) == _HERE
+    return file.startswith(("<", *folders)) or os.path.dirname(file).startswith(_HERE)

@@ -28,6 +28,7 @@ _PEER_WENT = re.compile(
     r"Connection closed by peer|Connection reset by peer|Read error \[|Write error \[|Broken pipe"
     r"|Socket closed|recvBytes failed|sendBytes failed|Application timeout caused pair closure"
     r"|Timed out waiting \d+ms for (?:recv|send) operation"
+    r"|let go because another rank failed"  # fidelity.floor.PEER_FAILED
 )
 
 

@@ -168,7 +168,9 @@ class RankItems:
             expected_ends=deaths.expected_ends(request.spec),
         )
         decided = reports.decide(item, done.runs, context)
-        errors = self._service.settle(request, done, is_clean=decided.is_clean)
+        errors = self._service.settle(
+            request, done, is_clean=decided.is_clean and not unfold.is_spent(item, request.spec)
+        )
         if errors:
             decided.fail_teardown(item, errors)
         if debug.has_quit(done.runs):

@@ -132,6 +132,7 @@ class RankOfAll(RankContext):
         return f"<all {self.world_size} ranks>"
 
 
+_of_thread: dict[int, RankContext] = {}  # where threads play ranks
 _current: list[RankContext] = []  # none outside of a run, else one
 
 
@@ -141,6 +142,9 @@ def current_rank() -> RankContext:
     Raises:
         UnavailableError: this process plays none.
     """
+    own = _of_thread.get(threading.get_ident())
+    if own is not None:
+        return own
     if not _current:
         raise UnavailableError(
             "this process plays no rank: current_rank() works inside tests with "
@@ -173,9 +177,12 @@ def context_of(
     )
 
 
-def set_current(context: RankContext) -> None:
-    """Have `current_rank()` return this context, everywhere in this process."""
-    _current[:] = [context]
+def set_current(context: RankContext, *, thread: int | None = None) -> None:
+    """Have `current_rank()` return this context, everywhere in this process or on one thread."""
+    if thread is None:
+        _current[:] = [context]
+    else:
+        _of_thread[thread] = context
 
 
 class ItemRunner(Protocol):

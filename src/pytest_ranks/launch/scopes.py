@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
 
@@ -79,3 +79,17 @@ def _node_of(item: pytest.Item, scope: str) -> str:
         if any(one.__name__ == _NODES[scope] for one in type(node).__mro__):
             return node.nodeid
     return item.nodeid.partition("::")[0]  # no such node above: the file bounds it
+
+
+class Sibling:
+    """Stands for an unknown next item beside this one: everything above the item stays."""
+
+    def __init__(self, item: pytest.Item) -> None:
+        self._item = item
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._item, name)
+
+    def listchain(self) -> list[Any]:
+        """Return the nodes above the item."""
+        return self._item.listchain()[:-1]

@@ -21,12 +21,14 @@ from pytest_ranks.launch.debugger import RankDebugger
 from pytest_ranks.launch.hygiene import Baseline
 from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
 from pytest_ranks.launch.output import flush_everything, write_by_lines
+from pytest_ranks.launch.scopes import Sibling
 from pytest_ranks.launch.zygote import Zygote
 
 if TYPE_CHECKING:
     import warnings
     from collections.abc import Callable, Generator
 
+    from pytest_ranks.launch.fidelity.thread_items import ThreadItems
     from pytest_ranks.launch.messages import Configure
     from pytest_ranks.launch.wire import Channel
     from pytest_ranks.launch.zygote import Ends
@@ -72,6 +74,9 @@ class RankSession:
         self._warnings: list[Warned] = []
         self._fail: Callable[[object], None] | None = None
         self._debugger = RankDebugger(self._config, chosen=options.settings(self._config).debug)
+        self._request: RunItem | None = None
+        self._sections: tuple[tuple[str, str], ...] = ()
+        self._threads: ThreadItems | None = None
         _make_quiet(self._config)
         self._config.pluginmanager.register(self._debugger, "ranks-debugger")
         self._config.pluginmanager.register(self, "ranks-session")
@@ -88,9 +93,12 @@ class RankSession:
         gc.freeze()  # else a collection in a rank would walk, and copy, all that was imported
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, session: pytest.Session, items: list[pytest.Item]
+    ) -> None:
         """Note all items before others select among them: the controller has selected."""
-        self._items |= {item.nodeid: item for item in items}
+        if session is self._session:  # a thread's own collection is another one
+            self._items |= {item.nodeid: item for item in items}
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Note why a file could not be collected."""
@@ -126,11 +134,12 @@ class RankSession:
             return Finished(missing=self._why_missing(request.node_id))
         following: Any = self._items.get(request.next_node_id or "")
         if request.hold:
-            following = _Sibling(item)
+            following = Sibling(item)
         _compat.set_base_temp(self._config, Path(request.base_temp))
         self._phases, self._warnings, self._fail = [], [], fail
         errors = self._leave_scopes_of_others(item)
         self._debugger.enter(request.world.rank, request.world.world_size)
+        self._request, self._sections = request, ()
         try:
             self._config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         finally:
@@ -141,12 +150,16 @@ class RankSession:
             if not request.world.keep_group:
                 self._baseline.restore()
         return Finished(
-            phases=tuple(self._phases), warnings=tuple(self._warnings), errors=tuple(errors)
+            phases=tuple(self._phases),
+            warnings=tuple(self._warnings),
+            errors=tuple(errors),
+            sections=self._sections,
         )
 
     def tear_down(self) -> Finished:
         """Run the teardowns of all fixtures that are still alive."""
-        return Finished(errors=tuple(_teardown_errors(self._session, None)))
+        on_threads = self._threads.tear_down() if self._threads is not None else []
+        return Finished(errors=(*on_threads, *_teardown_errors(self._session, None)))
 
     def _leave_scopes_of_others(self, item: pytest.Item) -> list[str]:
         """Tear down what a wrong guess of the next item has left alive."""
@@ -172,8 +185,21 @@ class RankSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
         """Run the item without reporting it: no reruns, no log hooks; wrappers stay in force."""
-        _compat.run_protocol(item, nextitem)
+        if self._request is not None and self._request.world.fidelity == "threads":
+            self._run_on_threads(item, self._request)
+        else:
+            _compat.run_protocol(item, nextitem)
         return True
+
+    def _run_on_threads(self, item: pytest.Item, request: RunItem) -> None:
+        if self._threads is None:
+            from pytest_ranks.launch.fidelity.thread_items import ThreadItems
+
+            self._threads = ThreadItems(
+                self._config, lambda report, at, error: _phase(self._config, report, at, error)
+            )
+        assert self._fail is not None
+        self._sections = self._threads.run(item, request, self._fail)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -225,20 +251,6 @@ class RankSession:
                 location=location,
             )
         )
-
-
-class _Sibling:
-    """Stands for an unknown next item beside this one: everything above the item stays."""
-
-    def __init__(self, item: pytest.Item) -> None:
-        self._item = item
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._item, name)
-
-    def listchain(self) -> list[Any]:
-        """Return the nodes above the item."""
-        return self._item.listchain()[:-1]
 
 
 def serve(session: pytest.Session, ends: Ends) -> NoReturn:

@@ -43,6 +43,11 @@ def _mode_class() -> type[TorchDispatchMode]:
     class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Makes NaN of all floating-point data that a collective would have brought."""
 
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            """Keep torch from importing its compiler, for seconds, at the first operation."""
+            return False
+
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:

@@ -21,6 +21,7 @@ class Host:
 
     def __init__(self) -> None:
         self._kept = 0
+        self._was_kept = False
         self._world: World
         self._group = group.ProcessGroup()
 
@@ -29,15 +30,20 @@ class Host:
         if not _enforced:
             _enforced.append(world.fidelity)
             refusals.enforce(world.fidelity)
-            group.initialise_by(lambda: _JOINS[self._world.fidelity](self._world))
+            group.initialise_by(lambda: _AGAIN[self._world.fidelity](self._world))
         self._world = world
-        if self._kept != world.world_size:
+        self._was_kept = self._kept == world.world_size
+        if not self._was_kept:
             self._group = group.ProcessGroup()
             _JOINS[world.fidelity](world)
         self._kept = world.world_size if world.keep_group else 0
 
     def begin(self, world: World) -> tuple[int, ...]:
         """Tell the test its place; return the threads that play ranks, where threads do."""
+        if world.fidelity == "threads":
+            from pytest_ranks.launch.fidelity import threads
+
+            return threads.begin(world, is_kept=self._was_kept)
         rank.set_current(rank.context_of(world, self._group))
         return ()
 
@@ -70,11 +76,31 @@ def _around_local_tensor(world: World) -> contextlib.AbstractContextManager[Any]
     return local_tensor.around(world)
 
 
+def _join_threads(world: World) -> None:
+    from pytest_ranks.launch.fidelity import threads
+
+    threads.join(world)
+
+
+def _join_threads_again(_: World) -> None:
+    from pytest_ranks.launch.fidelity import threads
+
+    threads.initialise_again()
+
+
+def _around_threads(_: World) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()  # each thread has its own
+
+
 _JOINS: dict[str, Callable[[World], None]] = {
     "fake": _join_fake,
     "local_tensor": _join_local_tensor,
+    "threads": _join_threads,
 }
+# What a plain `init_process_group()` of a test does.
+_AGAIN: dict[str, Callable[[World], None]] = {**_JOINS, "threads": _join_threads_again}
 _AROUND: dict[str, Callable[[World], contextlib.AbstractContextManager[Any]]] = {
     "fake": _around_fake,
     "local_tensor": _around_local_tensor,
+    "threads": _around_threads,
 }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # What a lower one cannot show, each higher one can; `simulated` is gloo on a device that is not
 # there, so it lies between real processes and real devices.
-FIDELITIES = ("fake", "local_tensor", "gloo", "device")
+FIDELITIES = ("fake", "local_tensor", "threads", "gloo", "device")
 # All ranks in one process; each of the others has a process a rank.
 HOSTED = ("fake", "local_tensor", "threads")
 # A body that runs once for all ranks costs no process a rank: the limit on them does not apply.

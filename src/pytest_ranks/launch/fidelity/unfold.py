@@ -13,8 +13,11 @@ from pytest_ranks.launch.rank_run import RankRun
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pytest
+
     from pytest_ranks.launch.spec import RankSpec
 
+_PATCHING = {"monkeypatch", "mocker", "recwarn"}
 ONE_PROCESS = (
     "all ranks of fidelity 'threads' are threads of one process: what ends it ends them all"
 )
@@ -52,6 +55,15 @@ def played(spec: RankSpec) -> str:
 def reporter(message: object) -> object:
     """Return what a rank said, whoever carried it."""
     return message.message if isinstance(message, OfRank) else message
+
+
+def is_spent(item: pytest.Item, spec: RankSpec) -> bool:
+    """Return whether the process cannot serve another test: threads undo each other's patches.
+
+    Each saves what it finds, which may be another's patch, and puts that back in the end.
+    """
+    names = getattr(item, "fixturenames", ())
+    return spec.fidelity == "threads" and not _PATCHING.isdisjoint(names)
 
 
 def is_hosted(spec: RankSpec) -> bool:
