@@ -50,6 +50,7 @@ class RankOther(Collected):
         self._items: OtherItems | None = None
         self._follower: Follower | None = None
         self._status: int | None = None
+        self._reason = "it was interrupted"
 
     def make_items(self, session: pytest.Session) -> OtherItems:
         """Return what starts the ranks of this session."""
@@ -70,6 +71,9 @@ class RankOther(Collected):
                 flush=True,
             )
             self._status = int(pytest.ExitCode.TESTS_FAILED)
+        except Exception as error:
+            self._reason = f"{type(error).__name__}: {error}"
+            raise
         return True
 
     def _join(self) -> Follower:
@@ -96,4 +100,4 @@ class RankOther(Collected):
             # torchrun ends the others as soon as one has left with a failure
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif self._follower is not None:
-            self._follower.leave("it was interrupted")
+            self._follower.leave(self._reason)

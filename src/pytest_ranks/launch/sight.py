@@ -259,7 +259,9 @@ class Observer:
                 poll.register(fd, select.POLLIN)
             for fd, _ in poll.poll(int(left * 1000) + 1):
                 rank = waiting[fd]
-                chunk = os.read(fd, 1 << 16)
+                chunk = b""
+                with contextlib.suppress(ConnectionResetError):  # it ended with our question unread
+                    chunk = os.read(fd, 1 << 16)
                 self._data[rank] += chunk
                 answer = _take(self._data[rank], self._number)
                 if answer is not None:

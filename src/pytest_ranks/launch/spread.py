@@ -313,7 +313,8 @@ def _ours(run: RankRun, index: int, offset: float) -> RankRun:
         else _shifted(message, offset)
         for message in run.messages
     ]
-    return replace(run, rank=index, at=run.at + offset, messages=messages)
+    sight = None if run.sight is None else replace(run.sight, rank=index)
+    return replace(run, rank=index, at=run.at + offset, messages=messages, sight=sight)
 
 
 def _shifted(message: Any, offset: float) -> Any:
