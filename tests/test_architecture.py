@@ -27,6 +27,7 @@ FLOORS = (
         "_compat",
         "_compat_fidelity",
         "_compat_terminal",
+        "_compat_state",
         "launch.spec",
         "launch.wire",
         "launch.messages",

@@ -93,6 +93,13 @@ def _parse_bool(text: str) -> bool:
     return text == "True"
 
 
+def _parse_switch(text: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise ValueError
+    return known[text.lower()]
+
+
 def _parse_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):
@@ -201,6 +208,19 @@ TABLE = (
         expected="the number of a rank, from 0",
         example="1",
         shown="none",
+    ),
+    Option(
+        name="strict_hygiene",
+        help="Whether a test fails for what it leaves behind in its ranks: environment, threads, "
+        "open files; false puts back what can be and replaces the ranks else",
+        default=False,
+        metavar="BOOL",
+        ini="bool",
+        env=True,
+        parse=_parse_switch,
+        expected="true or false",
+        example="true",
+        shown="false",
     ),
     Option(
         name="hardware_marks",

@@ -34,6 +34,7 @@ class Settings:
         fidelity: how real the ranks are, for tests whose mark allows it.
         report: file for what each test did on its ranks, as JSON.
         debug: the rank that gets the terminal for a debugger, None where none was chosen.
+        strict_hygiene: whether a test fails for what it leaves behind in its ranks.
         hardware_marks: whether `gpu`, `multi_gpu`, `trainium` and `requires` are ours.
         subject: the training code that the conformance suites test.
         suite: suites or check ids to run; empty means all.
@@ -50,6 +51,7 @@ class Settings:
     debug: int | None
     fidelity: str | None
     report: str | None
+    strict_hygiene: bool
     hardware_marks: bool
     subject: str | None
     suite: tuple[str, ...]

@@ -108,6 +108,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         marks.enforce(item)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the tests whose ranks could not be used again."""
+    needs = terminalreporter.config.pluginmanager.get_plugin("ranks-needs")
+    if getattr(needs, "book", None) is not None:  # a session with tests of ours
+        from pytest_ranks.report import leftovers
+
+        leftovers.summarize(terminalreporter)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_ranks_hardware(config: pytest.Config) -> Hardware:  # noqa: ARG001 - the hook's name
     """Look at this machine."""

@@ -33,7 +33,7 @@ LOOPBACK = "127.0.0.1"
 RESOLVER_OPTIONS = "timeout:1 attempts:1"
 SEED = 0
 
-_VARIABLES = (
+RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
     "GROUP_RANK",
@@ -79,7 +79,7 @@ def early_variables() -> dict[str, str]:
 
 def scrub_rank_variables() -> None:
     """Forget what a launcher told this process about ranks."""
-    for name in _VARIABLES:
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)
 
 
@@ -90,7 +90,7 @@ def export_rank_variables(world: World) -> None:
     client on every rank (torch.distributed.rendezvous, `_torchelastic_use_agent_store`).
     """
     variables = _rank_variables(world)
-    for name in _VARIABLES:
+    for name in RANK_VARIABLES:
         if name not in variables:
             os.environ.pop(name, None)
     for name, value in variables.items():
@@ -174,6 +174,11 @@ def original_init() -> Callable[..., None]:
 
     found: Callable[..., None] = dist.init_process_group
     return getattr(found, "__wrapped__", found)
+
+
+def is_of_the_run() -> bool:
+    """Return whether the default group is the one that the run came with."""
+    return bool(_ours)
 
 
 def let_tests_initialise() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, UnavailableError
-from pytest_ranks.launch import deaths, debug, reports, scopes
+from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.item_record import record_of, record_of_not_run
 from pytest_ranks.launch.pool import Ranks
@@ -168,9 +168,11 @@ class RankItems:
             expected_ends=deaths.expected_ends(request.spec),
         )
         decided = reports.decide(item, done.runs, context)
-        errors = self._service.settle(
-            request, done, is_clean=decided.is_clean and not unfold.is_spent(item, request.spec)
-        )
+        is_strict = options.settings(self._config).strict_hygiene
+        decided = leftovers.judge(item, decided, done.runs, is_strict=is_strict)
+        is_dirty = leftovers.is_dirty(done.runs) or unfold.is_spent(item, request.spec)
+        is_clean = decided.is_clean and not is_dirty
+        errors = self._service.settle(request, done, is_clean=is_clean)
         if errors:
             decided.fail_teardown(item, errors)
         if debug.has_quit(done.runs):

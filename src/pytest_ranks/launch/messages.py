@@ -323,6 +323,19 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Leak:
+    """What a test left behind in a rank.
+
+    Attributes:
+        what: what it was before and is now, in words.
+        restored: whether it could be put back.
+    """
+
+    what: str
+    restored: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The rank is done with an item, or with its teardowns.
 
@@ -333,6 +346,7 @@ class Finished:
         sequence: how many collectives the kept group has issued, None where it was not kept.
         errors: what failed outside of a phase.
         sections: what was captured of several ranks together, with titles.
+        leaks: what the test left behind.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -341,3 +355,4 @@ class Finished:
     sequence: int | None = None
     errors: tuple[str, ...] = ()
     sections: tuple[tuple[str, str], ...] = ()
+    leaks: tuple[Leak, ...] = ()

@@ -110,3 +110,11 @@ def read_tail(fd: int, limit: int = 8000) -> str:
         return ""
     text = data.decode(errors="replace")
     return text if size <= limit else f"[... {size - limit} bytes left out]\n{text}"
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False

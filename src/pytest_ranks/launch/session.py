@@ -6,7 +6,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from pytest_ranks import _compat, options
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.debugger import RankDebugger
-from pytest_ranks.launch.hygiene import Baseline
+from pytest_ranks.launch.hygiene.watch import StateWatch
 from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
 from pytest_ranks.launch.output import flush_everything, write_by_lines
 from pytest_ranks.launch.scopes import Sibling
@@ -114,8 +113,8 @@ class RankSession:
         os.dup2(output, 2)
         write_by_lines()
         captured = _compat.start_capture(self._config)
-        self._baseline = Baseline()
         self._debugger.prepare()
+        self._watch = StateWatch(captured)
         return captured
 
     def connect(self, channel: Channel, release: Callable[[], None]) -> None:
@@ -140,20 +139,20 @@ class RankSession:
         errors = self._leave_scopes_of_others(item)
         self._debugger.enter(request.world.rank, request.world.world_size)
         self._request, self._sections = request, ()
+        self._watch.begin()
         try:
             self._config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         finally:
             self._fail = None
             flush_everything()
             self._debugger.leave()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            if not request.world.keep_group:
-                self._baseline.restore()
+            leaks = self._watch.end()
         return Finished(
             phases=tuple(self._phases),
             warnings=tuple(self._warnings),
             errors=tuple(errors),
             sections=self._sections,
+            leaks=leaks,
         )
 
     def tear_down(self) -> Finished:
@@ -215,6 +214,24 @@ class RankSession:
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Name the context of covered lines."""
         coverage.enter(f"{item.nodeid}|teardown")
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[object]
+    ) -> Generator[None, object, object]:
+        """Have what a wide fixture sets up belong to the state that tests are compared with."""
+        if fixturedef.scope == "function":
+            return (yield)
+        self._watch.before_wide()
+        try:
+            return (yield)
+        finally:
+            name = f"{fixturedef.scope} fixture {fixturedef.argname!r}"
+            self._watch.after_wide(fixturedef, name)
+
+    def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[object]) -> None:
+        """Expect what was before a wide fixture once its teardown has run."""
+        self._watch.end_wide(fixturedef)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(

@@ -154,6 +154,7 @@ class Zygote:
         try:
             os.setsid()  # Ctrl-C goes to the controller alone, which drives the end
             die_with_parent(parent)
+            become_subreaper()  # so that hygiene sees what a test has put beside itself
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for fd in (self._channel.fileno(), self._controller, *self._ranks):
