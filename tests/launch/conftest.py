@@ -108,6 +108,7 @@ def run_session(tmp_path_factory: pytest.TempPathFactory) -> RunSession:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             timeout=180,
             check=False,
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DUMP_SECONDS = 0.5  # measured: 0.4 to 26 ms
 TERMINATE_SECONDS = 0.2
+MOST_CAUSES = 20  # of an exception: a chain may be a ring
 
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*:$")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
@@ -99,13 +100,18 @@ def find_where(dump: str, main_thread: int) -> Where | None:
 
 
 def collective_of(error: BaseException | None) -> str:
-    """Return the name of the collective that an exception came out of, empty if out of none."""
-    trace = error.__traceback__ if error is not None else None
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if _COLLECTIVES[0] in code.co_filename and code.co_name not in PLUMBING:
-            return code.co_name  # the outermost: what the user's line called
-        trace = trace.tb_next
+    """Return the name of the collective that an exception came out of, empty if out of none.
+
+    Of the exception that this one was raised over, where it came out of none itself.
+    """
+    for _ in range(MOST_CAUSES):
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            if _COLLECTIVES[0] in code.co_filename and code.co_name not in PLUMBING:
+                return code.co_name  # the outermost: what the user's line called
+            trace = trace.tb_next
+        error = error and (error.__cause__ or error.__context__)
     return ""
 
 

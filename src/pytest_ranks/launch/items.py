@@ -163,6 +163,7 @@ class RankItems:
             seconds=time.monotonic() - start,
             notes=done.notes,
             explanations=done.explanations,
+            unawaited=done.unawaited,
             fidelity=request.spec.fidelity,
             played=unfold.played(request.spec),
             expected_ends=deaths.expected_ends(request.spec),

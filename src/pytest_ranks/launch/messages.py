@@ -343,7 +343,7 @@ class Finished:
         phases: the reports, in order, without those already sent.
         warnings: what was recorded.
         missing: why the item was not found, None where it was.
-        sequence: how many collectives the kept group has issued, None where it was not kept.
+        sequence: how many operations the default group has issued, None where there is no group.
         errors: what failed outside of a phase.
         sections: what was captured of several ranks together, with titles.
         leaks: what the test left behind.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.link import RankHandle, ZygoteLink
     from pytest_ranks.launch.outcome import ExpectedEnd
+    from pytest_ranks.launch.sight import Sight
     from pytest_ranks.launch.startline import StartLine
 
 # Seconds that ranks have for their own end after one rank failed; its sockets are cut by then, so
@@ -126,6 +127,10 @@ class Ranks:
     def explain(self) -> list[str]:
         """Return what the reader of a failure has to know about the place of these ranks."""
         return []
+
+    def look(self) -> dict[int, Sight]:
+        """Return what the ranks that are here have issued."""
+        return self._observer.look(records=True)
 
     def leave(self) -> None:
         """Ask the processes to flush and leave; `forget` closes what does not."""

@@ -280,8 +280,7 @@ class Rank:
             finished = self._items.run(request, self._fail)
         if self._held:
             self._release()
-        if request.world.keep_group:
-            finished = replace(finished, sequence=self._group.sequence())
+        finished = replace(finished, sequence=self._group.sequence())
         coverage.save()
         # The group stays until the next run: a peer may still be in its last collective.
         self._channel.send(finished)

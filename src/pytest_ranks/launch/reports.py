@@ -41,6 +41,7 @@ class Context:
         notes: on how the ranks were started, where that may matter to a death.
         explanations: what we found out about the failure, each a line or a block of lines; they
             stand right below the headline.
+        unawaited: who left a collective behind in a test that is over, nothing where nobody did.
         expected_ends: rank -> how its process has to end.
         fidelity: how real the ranks were.
         played: whom one body stood for, nothing where every rank had its own.
@@ -51,6 +52,7 @@ class Context:
     seconds: float = 0.0
     notes: Sequence[str] = ()
     explanations: Sequence[str] = ()
+    unawaited: str = ""
     expected_ends: Mapping[int, ExpectedEnd] = field(default_factory=dict)
     fidelity: str = "gloo"
     played: str = ""
@@ -154,6 +156,8 @@ def decide(item: pytest.Item, runs: list[RankRun], context: Context) -> ItemOutc
         outcome.result_of(run, expected_end=context.expected_ends.get(run.rank)) for run in runs
     ]
     word = outcome.verdict(results)
+    if context.unawaited and word in ("passed", "xpassed"):
+        word = "disagree"  # on the collectives that there were
     is_agreed = word in AGREED
     decided = (
         _agreed(item, results, word) if is_agreed else _failed(item, runs, results, word, context)
@@ -262,6 +266,8 @@ def _add_teardown(
 
 
 def _head(first: Sequence[Failure], results: list[RankResult], word: str, context: Context) -> str:
+    if word == "disagree" and not first and context.unawaited:
+        return f"the ranks disagree: {context.unawaited}"
     others_left = any(result.status in ("skipped", "xfailed") for result in results)
     if word == "disagree" or (others_left and all(one.is_collateral for one in first)):
         head = _disagreement(results, first)

@@ -22,6 +22,7 @@ from pytest_ranks.launch.messages import (
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey, Pools
 from pytest_ranks.launch.start import start_zygote
+from pytest_ranks.launch.unawaited import is_uneven, unawaited
 
 if TYPE_CHECKING:
     import pytest
@@ -66,12 +67,14 @@ class ItemRun:
         runs: what each of them did.
         notes: on how the ranks were started, where that may matter to a death.
         explanations: what was found out about a failure.
+        unawaited: who left a collective behind, where all are done; nothing where nobody did.
     """
 
     pool: Pool
     runs: list[RankRun]
     notes: list[str] = field(default_factory=list)
     explanations: list[str] = field(default_factory=list)
+    unawaited: str = ""
 
 
 class RankService:
@@ -234,6 +237,7 @@ class RankService:
             runs=unfold.unfold(runs, spec),
             notes=self._notes(pool),
             explanations=[*pool.ranks.explain(), *unfold.explanations(runs, spec), *explain(runs)],
+            unawaited=unawaited(pool.ranks.look()) if is_uneven(runs) else "",
         )
 
     def _notes(self, pool: Pool) -> list[str]:

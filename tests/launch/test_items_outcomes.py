@@ -1,0 +1,605 @@
+"""What a test on a rank may do that is neither a pass nor a plain exception: outcome and text."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("torch")
+
+ENDINGS = """
+import asyncio, gc, os, sys, threading, time, warnings
+import pytest, torch
+import torch.distributed as dist
+
+pytestmark = pytest.mark.ranks(2)
+
+
+def wait_for_all():
+    dist.all_reduce(torch.ones(1))
+
+
+# ---- how pytest is told
+
+
+def test_fail(rank):
+    if rank.index == 1:
+        pytest.fail("said so")
+    wait_for_all()
+
+
+def test_did_not_raise(rank):
+    if rank.index == 1:
+        with pytest.raises(ValueError):
+            pass
+    wait_for_all()
+
+
+def test_importorskip(rank):
+    if rank.index == 1:
+        pytest.importorskip("no_such_module_anywhere")
+
+
+@pytest.fixture
+def skips(rank):
+    if rank.index == 1:
+        pytest.skip("not here")
+
+
+def test_skip_in_a_fixture(skips):
+    pass
+
+
+@pytest.mark.skipif("os.environ.get('RANK') == '1'", reason="not on rank 1")
+def test_skipif_by_rank(rank):
+    pass
+
+
+@pytest.fixture
+def xfails(rank):
+    if rank.index == 1:
+        pytest.xfail("not here")
+
+
+def test_xfail_in_a_fixture(xfails):
+    pass
+
+
+@pytest.mark.xfail(raises=ValueError)
+def test_xfail_raises(rank):
+    raise ValueError
+
+
+@pytest.mark.xfail(raises=ValueError)
+def test_xfail_raises_another(rank):
+    raise ValueError if rank.index == 0 else KeyError("other")
+
+
+@pytest.mark.xfail
+def test_xfail_with_peers_cut_off(rank):
+    if rank.index == 1:
+        raise ValueError
+    wait_for_all()
+
+
+@pytest.mark.xfail(raises=ValueError)
+def test_xfail_raises_with_peers_cut_off(rank):
+    if rank.index == 1:
+        raise ValueError
+    wait_for_all()
+
+
+@pytest.mark.xfail
+def test_xfail_does_not_expect_a_death(rank):
+    if rank.index == 1:
+        os._exit(9)
+
+
+@pytest.mark.xfail(run=False)
+def test_xfail_not_run(rank):
+    os._exit(4)
+
+
+@pytest.mark.xfail("os.environ.get('RANK') == '0'", strict=True, reason="")
+def test_strict_by_rank(rank):
+    pass
+
+
+# ---- ways out
+
+
+def test_sys_exit_0(rank):
+    if rank.index == 1:
+        sys.exit(0)
+
+
+def test_sys_exit_3(rank):
+    if rank.index == 1:
+        sys.exit(3)
+    wait_for_all()
+
+
+def test_os_exit_0(rank):
+    if rank.index == 1:
+        os._exit(0)
+
+
+def test_os_exit_in_a_thread(rank):
+    if rank.index == 1:
+        threading.Thread(target=os._exit, args=(5,)).start()
+        time.sleep(1000)
+    wait_for_all()
+
+
+@pytest.fixture
+def exits(rank):
+    if rank.index == 1:
+        raise SystemExit(0)
+
+
+def test_exit_in_a_fixture(exits):
+    pass
+
+
+@pytest.fixture
+def exits_after(rank):
+    yield
+    if rank.index == 1:
+        raise SystemExit(0)
+
+
+def test_exit_in_teardown(exits_after):
+    pass
+
+
+def test_keyboard_interrupt(rank):
+    if rank.index == 1:
+        raise KeyboardInterrupt
+    wait_for_all()
+
+
+def test_generator_exit(rank):
+    if rank.index == 1:
+        raise GeneratorExit
+
+
+def test_cancelled(rank):
+    if rank.index == 1:
+        raise asyncio.CancelledError("gone")
+
+
+# ---- exceptions that are hard to report
+
+
+class Unpicklable(Exception):
+    def __init__(self, first, second):
+        super().__init__("holds a lock")
+        self.lock = threading.Lock()
+
+
+def test_unpicklable(rank):
+    if rank.index == 1:
+        raise Unpicklable(1, 2)
+
+
+class BadStr(Exception):
+    def __str__(self):
+        raise RuntimeError("no str")
+
+
+def test_bad_str(rank):
+    if rank.index == 1:
+        raise BadStr
+
+
+class WorseStr(BaseException):
+    def __str__(self):
+        raise SystemExit(4)
+
+    __repr__ = __str__
+
+
+def test_worse_str(rank):
+    if rank.index == 1:
+        raise WorseStr
+
+
+class BadStrInterrupt(KeyboardInterrupt):
+    def __str__(self):
+        raise SystemExit(4)
+
+    __repr__ = __str__
+
+
+def test_bad_str_of_an_interrupt(rank):
+    if rank.index == 1:
+        raise BadStrInterrupt
+
+
+class BadValue:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+def test_bad_repr_of_a_value(rank):
+    if rank.index == 1:
+        value = BadValue()
+        assert value == 3
+
+
+def recurse(number):
+    return recurse(number + 1)
+
+
+def test_recursion(rank):
+    if rank.index == 1:
+        recurse(0)
+
+
+def test_group(rank):
+    if rank.index == 1:
+        raise ExceptionGroup("several", [ValueError("one"), KeyError("two")])
+
+
+def test_base_group(rank):
+    if rank.index == 1:
+        raise BaseExceptionGroup("several", [KeyboardInterrupt("one"), KeyError("two")])
+
+
+def test_surrogates(rank):
+    if rank.index == 1:
+        raise ValueError("a \\udcff surrogate")
+
+
+def test_bytes_that_are_no_text(rank):
+    os.write(1, b"\\xff caf\\xe9\\n")
+    if rank.index == 1:
+        os._exit(3)
+
+
+def test_ten_megabytes(rank):
+    if rank.index == 1:
+        pytest.fail("x" * 10_000_000)
+
+
+def test_chained(rank):
+    if rank.index == 1:
+        raise ValueError("root")
+    try:
+        wait_for_all()
+    except RuntimeError as error:
+        raise KeyError("my trainer failed") from error
+
+
+# ---- what pytest finds beside the test
+
+
+@pytest.mark.filterwarnings("error")
+def test_exception_in_a_thread(rank):
+    if rank.index == 1:
+        thread = threading.Thread(target=lambda: 1 / 0, name="worker")
+        thread.start()
+        thread.join()
+
+
+class Del:
+    def __del__(self):
+        raise ValueError("in del")
+
+
+@pytest.mark.filterwarnings("error")
+def test_unraisable(rank):
+    if rank.index == 1:
+        Del()
+        gc.collect()
+
+
+@pytest.mark.filterwarnings("error")
+def test_warning(rank):
+    if rank.index == 1:
+        warnings.warn("careful")
+
+
+# ---- more than one phase
+
+
+@pytest.fixture
+def told(rank):
+    path = rank.shared_tmp_path / "told"
+    yield path
+    if rank.index == 0:
+        path.touch()
+
+
+@pytest.fixture
+def setup_here_teardown_there(rank, told):
+    if rank.index == 0:
+        raise RuntimeError("in setup")
+    yield
+    while not told.exists():
+        time.sleep(0.01)
+    raise RuntimeError("in teardown")
+
+
+def test_setup_and_teardown(setup_here_teardown_there):
+    pass
+
+
+@pytest.fixture
+def bad_end(rank):
+    yield
+    if rank.index == 1:
+        raise RuntimeError("in teardown")
+
+
+def test_call_and_teardown(bad_end, rank):
+    if rank.index == 1:
+        raise ValueError("in call")
+
+
+# ---- collectives at the end
+
+
+def test_alone_in_a_collective(rank):
+    if rank.index == 1:
+        wait_for_all()
+
+
+def test_unawaited_on_one(rank):
+    if rank.index == 1:
+        dist.all_reduce(torch.ones(3), async_op=True)
+
+
+@pytest.mark.ranks(3)
+def test_unawaited_on_two(rank):
+    if rank.index != 1:
+        dist.broadcast(torch.ones(3), 0, async_op=True)
+
+
+def test_unawaited_on_all(rank):
+    dist.all_reduce(torch.ones(3), async_op=True)
+
+
+@pytest.mark.ranks(3)
+def test_messages_between_two(rank):
+    if rank.index == 0:
+        dist.send(torch.ones(1), 1)
+    elif rank.index == 1:
+        dist.recv(torch.ones(1), 0)
+
+
+def test_last(rank):
+    wait_for_all()
+"""
+
+
+@pytest.fixture(scope="module")
+def session(run_session):
+    return run_session({"test_it.py": ENDINGS}, "-p", "no:randomly", "-p", "no:rerunfailures")
+
+
+CUT = r"rank 1 of 2 failed first \(rank 0 was cut off in all_reduce\): "
+FIRST = r"rank 1 of 2 failed first: "
+DISAGREE = r"the ranks disagree: "
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "headline"),
+    [
+        ("test_fail", "call", CUT + "Failed: said so"),
+        ("test_did_not_raise", "call", CUT + "Failed: DID NOT RAISE ValueError"),
+        ("test_importorskip", "call", DISAGREE + "rank 0 passed, rank 1 skipped"),
+        ("test_skip_in_a_fixture", "call", DISAGREE + "rank 0 passed, rank 1 skipped"),
+        ("test_skipif_by_rank", "call", DISAGREE + "rank 0 passed, rank 1 skipped"),
+        ("test_xfail_in_a_fixture", "call", DISAGREE + "rank 0 passed, rank 1 xfailed"),
+        ("test_xfail_raises_another", "call", FIRST + "KeyError: 'other'"),
+        (
+            "test_xfail_raises_with_peers_cut_off",
+            "call",
+            DISAGREE + "rank 0 was cut off in all_reduce, rank 1 xfailed",
+        ),
+        (
+            "test_xfail_does_not_expect_a_death",
+            "call",
+            FIRST + "exited with code 9 without a report",
+        ),
+        (
+            "test_strict_by_rank",
+            "call",
+            DISAGREE + r"rank 0 xpassed \(strict\), rank 1 passed",
+        ),
+        ("test_sys_exit_0", "call", FIRST + "SystemExit: 0"),
+        ("test_sys_exit_3", "call", CUT + "SystemExit: 3"),
+        ("test_os_exit_0", "call", FIRST + "exited with code 0 without a report"),
+        ("test_os_exit_in_a_thread", "call", CUT + "exited with code 5 without a report"),
+        ("test_exit_in_a_fixture", "setup", FIRST + "SystemExit: 0"),
+        ("test_exit_in_teardown", "teardown", FIRST + "SystemExit: 0"),
+        ("test_keyboard_interrupt", "call", CUT + "KeyboardInterrupt"),
+        ("test_generator_exit", "call", FIRST + "GeneratorExit"),
+        ("test_cancelled", "call", FIRST + "asyncio.exceptions.CancelledError: gone"),
+        ("test_unpicklable", "call", FIRST + "test_it.Unpicklable: holds a lock"),
+        ("test_bad_str", "call", FIRST + r"test_it.BadStr: <exception str\(\) failed>"),
+        ("test_worse_str", "call", FIRST + r"test_it.WorseStr: <exception str\(\) failed>"),
+        ("test_bad_str_of_an_interrupt", "call", FIRST + ".*BadStrInterrupt.*"),
+        (
+            "test_bad_repr_of_a_value",
+            "call",
+            FIRST + r"AssertionError: assert <\[RuntimeError\('no repr'\) raised in repr\(\)\] "
+            r"BadValue object at 0x[0-9a-f]+> == 3",
+        ),
+        ("test_recursion", "call", FIRST + "RecursionError: maximum recursion depth exceeded.*"),
+        ("test_group", "call", FIRST + r"ExceptionGroup: several \(2 sub-exceptions\)"),
+        ("test_base_group", "call", FIRST + r"BaseExceptionGroup: several \(2 sub-exceptions\)"),
+        ("test_surrogates", "call", FIRST + r"ValueError: a .* surrogate"),
+        ("test_bytes_that_are_no_text", "call", FIRST + "exited with code 3 without a report"),
+        ("test_ten_megabytes", "call", FIRST + "Failed: x{10000000}"),
+        ("test_chained", "call", CUT + "ValueError: root"),
+        (
+            "test_exception_in_a_thread",
+            "call",
+            FIRST + "pytest.PytestUnhandledThreadExceptionWarning: Exception in thread worker",
+        ),
+        (
+            "test_unraisable",
+            "call",
+            FIRST + "pytest.PytestUnraisableExceptionWarning: Exception ignored .*",
+        ),
+        ("test_warning", "call", FIRST + "UserWarning: careful"),
+        (
+            "test_setup_and_teardown",
+            "setup",
+            r"rank 0 of 2 failed first \(rank 1 failed too\): RuntimeError: in setup",
+        ),
+        ("test_call_and_teardown", "call", FIRST + "ValueError: in call"),
+        (
+            "test_alone_in_a_collective",
+            "call",
+            r"rank 1 was in all_reduce, called from wait_for_all \(test_it.py:\d+\), "
+            r"waiting for rank 0 that had finished",
+        ),
+        (
+            "test_unawaited_on_one",
+            "call",
+            DISAGREE + r"rank 1 issued all_reduce #1 of float32 \[3\] in test_unawaited_on_one "
+            r"\(test_it.py:\d+\) and never waited for it, rank 0 never issued it",
+        ),
+        (
+            "test_unawaited_on_two",
+            "call",
+            DISAGREE + r"rank.* issued broadcast #1 of float32 \[3\] in test_unawaited_on_two "
+            r"\(test_it.py:\d+\) and never waited for it, rank 1 never issued it",
+        ),
+    ],
+)
+def test_it_fails_in_its_phase_and_names_the_rank(session, name, when, headline):
+    row = next(row for row in session.of(name) if row.outcome != "passed")
+    assert (row.outcome, row.when) == ("failed", when), row.text[:2000]
+    first, *rest = row.text.splitlines()
+    assert re.fullmatch(headline, first), row.text[:2000]
+    assert rest[-1] == f"reproduce: pytest 'test_it.py::{name}'"
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "outcome"),
+    [
+        ("test_xfail_raises", "call", "skipped"),
+        ("test_xfail_with_peers_cut_off", "call", "skipped"),
+        ("test_xfail_not_run", "setup", "skipped"),
+        ("test_unawaited_on_all", "call", "passed"),
+        ("test_messages_between_two", "call", "passed"),
+        ("test_last", "call", "passed"),
+    ],
+)
+def test_it_is_no_failure(session, name, when, outcome):
+    row = session.call(name)
+    assert (row.outcome, row.when) == (outcome, when), row.text
+    assert (row.wasxfail is None) == (outcome == "passed")
+
+
+def test_nothing_else_failed(session):
+    assert session.returncode == 1
+    assert "INTERNALERROR" not in session.output
+    assert len({row.id for row in session.rows}) == ENDINGS.count("\ndef test_")
+
+
+def test_a_teardown_after_a_failure_is_an_error_of_its_own(session):
+    rows = [row for row in session.of("test_call_and_teardown") if row.outcome == "failed"]
+    assert [row.when for row in rows] == ["call", "teardown"]
+    assert "rank 1 then failed in teardown too: RuntimeError: in teardown" in rows[0].text
+    assert rows[1].text.startswith("rank 1 of 2 failed first: RuntimeError: in teardown")
+
+
+def test_another_rank_in_another_phase_is_told_with_its_line(session):
+    text = session.call("test_setup_and_teardown").text
+    assert re.search(
+        r"^rank 1 failed too: RuntimeError: in teardown \(test_it.py:\d+\)$", text, re.MULTILINE
+    )
+
+
+def test_a_peers_own_exception_over_a_cut_connection_is_collateral(session):
+    text = session.call("test_chained").text
+    assert "\ncollateral: rank 0 KeyError: 'my trainer failed'\n" in text
+
+
+def test_the_cause_of_an_exception_in_a_thread_is_there(session):
+    assert "ZeroDivisionError: division by zero" in session.call("test_exception_in_a_thread").text
+
+
+def test_each_of_a_group_is_there(session):
+    text = session.call("test_group").text
+    assert "ValueError: one" in text
+    assert "KeyError: 'two'" in text
+
+
+def test_bytes_that_are_no_text_are_shown_as_such(session):
+    text = session.call("test_bytes_that_are_no_text").text
+    assert "last output of rank 1:\n  \ufffd caf\ufffd\n" in text
+
+
+EXIT = """
+import pytest
+
+pytestmark = pytest.mark.ranks(2)
+
+
+def test_before(rank):
+    pass
+
+
+def test_exits(rank):
+    if rank.index == 1:
+        pytest.exit("enough", returncode=7)
+
+
+def test_after(rank):
+    pass
+"""
+
+
+def test_pytest_exit_on_a_rank_ends_the_session_as_in_a_plain_test(run_session):
+    session = run_session({"test_it.py": EXIT}, "-p", "no:randomly")
+    assert session.returncode == 7
+    assert "_pytest.outcomes.Exit: rank 1 of 2: enough" in session.output
+    assert [row.id for row in session.rows if row.when == "call"] == [
+        "test_it.py::test_before",
+        "test_it.py::test_exits",
+    ]
+    row = session.call("test_exits")
+    assert row.outcome == "failed"
+    assert row.text.splitlines()[0] == ("rank 1 of 2 failed first: called pytest.exit: enough")
+
+
+LATE_EXIT = """
+import time
+import pytest
+
+pytestmark = pytest.mark.ranks(2)
+
+
+@pytest.fixture
+def first(rank):
+    path = rank.shared_tmp_path / "first"
+    yield path
+    path.touch()
+
+
+def test_exits(rank, first):
+    if rank.index == 0:
+        raise ValueError("root")
+    while not first.exists():
+        time.sleep(0.01)
+    pytest.exit("enough", returncode=7)
+
+
+def test_after(rank):
+    pass
+"""
+
+
+def test_pytest_exit_that_follows_a_failure_does_not_end_the_session(run_session):
+    session = run_session({"test_it.py": LATE_EXIT}, "-p", "no:randomly")
+    assert session.returncode == 1, session.output
+    assert session.call("test_after").outcome == "passed"
+    first = session.call("test_exits").text.splitlines()[0]
+    assert re.fullmatch(r"rank 0 of 2 failed first \(.*\): ValueError: root", first)
