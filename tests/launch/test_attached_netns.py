@@ -218,8 +218,9 @@ def test_a_cut_cable_is_named_at_our_deadline(cut: tuple[World, Process, Process
     head = text.splitlines()[0]
     assert head.startswith("rank 2 of 4 failed first (rank 3 failed the same way; ")
     assert head.endswith(f": {LOST}")
-    waited = "ranks 0 and 1 waited in all_reduce, called from test_cut (test_it.py:"
-    assert f"the deadline of 4 s passed without a word from ranks 2 and 3: {waited}" in text
+    # rank 1 may not have left the barrier before the cable was cut
+    waited = r"(ranks 0 and 1|rank 0) waited in all_reduce, called from test_cut \(test_it.py:"
+    assert re.search(rf"the deadline of 4 s passed .* from ranks 2 and 3: .*{waited}", text)
     assert "ranks 0 and 1 ran on node nodea; ranks 2 and 3 ran on node nodeb" in text
     assert "Timed out waiting" not in text  # what the group would have said, 30 seconds later
     assert (
