@@ -374,6 +374,12 @@ def test_row_14_wide_fixtures_live_on_the_ranks(ran: Ran) -> None:
     assert ran.outcome("test_module_fixture[2]") == "passed"
 
 
+def test_row_15_every_failing_rank_is_in_the_report(ran: Ran) -> None:
+    text = ran.text("test_each_rank_fails_its_own_way")
+    assert 'raise ValueError("of rank zero")' in text
+    assert 'raise KeyError("of rank one")' in text
+
+
 def test_row_16_the_root_cause_is_told_from_its_victims(ran: Ran) -> None:
     first = ran.text("test_root_cause").splitlines()[0]
     assert first.startswith("rank 1 of 3 failed first")

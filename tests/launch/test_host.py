@@ -174,7 +174,7 @@ def test_a_result_that_does_not_pickle_is_named(host):
         ({"fn": 3}, "fn=3: expected a function or 'package.module:function', found int."),
         ({"world_size": 0}, "world_size=0: expected a whole number of at least 1."),
         ({"timeout": -1}, "timeout=-1: expected a number of seconds above 0."),
-        ({"backend": "mpi"}, "backend='mpi': expected one of 'gloo', 'nccl'."),
+        ({"backend": "mpi"}, "backend='mpi': expected one of 'gloo', 'nccl', 'xccl', 'neuron'."),
         (
             {"rank_variables": False},
             "rank_variables=False, world_size=2: a plain process has no rank, so it needs "

@@ -102,7 +102,7 @@ def test_the_signature_that_users_read_is_the_functions_own():
         (
             (2,),
             {"backend": "glo"},
-            "ranks(backend='glo'): expected one of 'gloo', 'nccl'. Did you mean 'gloo'?",
+            "ranks(backend='glo'): expected one of 'gloo', 'nccl', 'xccl', 'neuron'. Did you mean 'gloo'?",
         ),
         (
             (2,),

@@ -66,7 +66,7 @@ def settle(
     machine: Machine,
     *,
     before: Sequence[Holder],
-    timeout: float = SETTLE_SECONDS,
+    timeout: float | None = None,
 ) -> str | None:
     """Wait until only those hold memory of the devices who did before a test.
 
@@ -75,12 +75,13 @@ def settle(
         devices: the devices that the test had.
         machine: where to look.
         before: who held memory before the test; they are not the test's.
-        timeout: seconds to wait.
+        timeout: seconds to wait, or None for `SETTLE_SECONDS`.
 
     Returns:
         A sentence that names who still holds memory, or None once nobody does.
     """
     known = {holder.pid for holder in before}
+    timeout = SETTLE_SECONDS if timeout is None else timeout
     end = time.monotonic() + timeout
     while True:
         left = [one for one in find_holders(kind, devices, machine) if one.pid not in known]

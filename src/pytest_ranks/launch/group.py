@@ -265,10 +265,12 @@ class ProcessGroup:
         assert rendezvous is not None
         if dist.is_initialized():
             return
-        if world.backend == "nccl":
+        if world.device_name != "cpu":
             import torch
 
-            torch.cuda.set_device(world.local_rank)
+            device = torch.device(world.device_name)
+            if hasattr(module := getattr(torch, device.type), "set_device"):
+                module.set_device(device)
         dist.init_process_group(
             world.backend,
             store=self.next_store(rendezvous),
@@ -335,7 +337,7 @@ class ProcessGroup:
             from torch.distributed.device_mesh import init_device_mesh
 
             names, sizes = zip(*world.mesh, strict=True)
-            kind = "cuda" if world.backend == "nccl" else "cpu"
+            kind = world.device_name.partition(":")[0]
             self._mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
         return self._mesh
 

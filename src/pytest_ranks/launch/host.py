@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, UnavailableError
+from pytest_ranks.hardware.probes import probe
+from pytest_ranks.hardware.requirements import BACKEND_DEVICES
 from pytest_ranks.launch import failures
 from pytest_ranks.launch.coverage import SAVE_SECONDS, Harvest
+from pytest_ranks.launch.devices import DeviceDesk
 from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
@@ -21,9 +26,10 @@ from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.spec import BACKENDS, check_environment, check_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from types import TracebackType
 
+    from pytest_ranks.launch.devices import DeviceSet
     from pytest_ranks.launch.rank_run import RankRun
 
 PRELOAD = (
@@ -128,15 +134,13 @@ class RankHost:
         self._check(world_size, timeout, backend, rank_variables)
         check_environment(env)
         make = _request(fn, args, kwargs, tuple(preload))
-        port = self._link.open_store() if rank_variables else None
-        try:
-            run = next(self._runs)
-            rendezvous = None
-            if port is not None:
-                seconds = timeout + BEHIND_DEADLINE
-                rendezvous = Rendezvous(run=run, port=port, home_port=port, seconds=seconds)
+        with (
+            self._rendezvous(timeout) if rank_variables else contextlib.nullcontext() as rendezvous,
+            self._devices(backend, world_size) as devices,
+        ):
 
             def world(rank: int) -> World:
+                own = {} if devices is None else devices.variables(rank)
                 return World(
                     rank=rank,
                     world_size=world_size,
@@ -144,19 +148,50 @@ class RankHost:
                     init=init,
                     rank_variables=rank_variables,
                     rendezvous=rendezvous,
-                    environment=dict(env) if env else None,
+                    environment={**own, **(env or {})},
+                    device="" if devices is None else devices.torch_name(rank),
                 )
 
-            return self._run(lambda rank: make(world(rank)), world_size, timeout)
+            return self._run(
+                lambda rank: make(world(rank)), world_size, timeout, fresh=devices is not None
+            )
+
+    @contextlib.contextmanager
+    def _rendezvous(self, timeout: float) -> Generator[Rendezvous]:
+        """Open a store for one run."""
+        __tracebackhide__ = True
+        port = self._link.open_store()
+        try:
+            seconds = timeout + BEHIND_DEADLINE
+            yield Rendezvous(run=next(self._runs), port=port, home_port=port, seconds=seconds)
         finally:
-            if port is not None:
-                self._link.close_store(port)
+            self._link.close_store(port)
+
+    @contextlib.contextmanager
+    def _devices(self, backend: str, world_size: int) -> Generator[DeviceSet | None]:
+        """Lease a device for each rank, where the backend needs one."""
+        __tracebackhide__ = True
+        if backend not in BACKEND_DEVICES:
+            yield None
+            return
+        desk = DeviceDesk(probe)
+        devices = desk.check_out(backend, world_size, owner="a function on ranks")
+        try:
+            yield devices
+        finally:
+            if (held := desk.check_in(devices)) is not None:
+                warnings.warn(held, ResourceWarning, stacklevel=4)
 
     def _run(
-        self, request: Callable[[int], RunFunction], world_size: int, timeout: float
+        self,
+        request: Callable[[int], RunFunction],
+        world_size: int,
+        timeout: float,
+        *,
+        fresh: bool,
     ) -> list[Any]:
         __tracebackhide__ = True
-        ranks = Ranks(self._link, world_size)
+        ranks = Ranks(self._link, world_size, fresh=fresh)
         try:
             runs, timed_out = ranks.run(
                 request,

@@ -17,13 +17,14 @@ import pytest
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, UnavailableError
 from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes
+from pytest_ranks.launch.devices import DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.item_record import record_of, record_of_not_run
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
 from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
 from pytest_ranks.launch.start import harvest_of
-from pytest_ranks.launch.warned import forward_warnings
+from pytest_ranks.launch.warned import forward_warnings, warn
 from pytest_ranks.report.records import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class RankItems:
     def __init__(self, session: pytest.Session, *, make_ranks: MakeRanks = Ranks) -> None:
         self._session = session
         self._config = session.config
-        self._service = RankService(session, make_ranks=make_ranks)
+        self._service = RankService(
+            session, hardware=lambda: marks.hardware(session.config), make_ranks=make_ranks
+        )
         self._order: list[tuple[str, PoolKey]] = []
         self._index: dict[str, int] = {}
         self._next: pytest.Item | None = None
@@ -127,7 +130,7 @@ class RankItems:
         self._next = nextitem
         if item.nodeid in self._index and _compat.timeout_of(item) is not None:
             with contextlib.suppress(UnavailableError):  # the item meets it again
-                self._early = self._service.take(_spec_of(item), self._key_of(item))
+                self._early = self._take(item)
         try:
             result = yield
         finally:
@@ -150,11 +153,13 @@ class RankItems:
     def _on_ranks(self, item: pytest.Item) -> ItemOutcome:
         request = self._request(item)
         try:
-            pool, self._early = self._early or self._service.take(request.spec, request.key), None
+            pool, self._early = self._early or self._take(item), None
+            self._warm_next()
             start = time.monotonic()
             done = self._service.run(request, pool)
         except UnavailableError as error:
-            self._service.recover()
+            if not isinstance(error, DevicesUnavailable):
+                self._service.recover()
             pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
         forward_warnings(self._config, done.runs)
         context = reports.Context(
@@ -182,7 +187,16 @@ class RankItems:
             decided.session_end = (debug.QUIT, None)
         if self._has_report:
             decided.record = record_of(item, request.spec, decided, done)
+        if (held := self._service.check_in(done.pool)) is not None:
+            warn(item, held)
         return decided
+
+    def _take(self, item: pytest.Item) -> Pool:
+        return self._service.take(_spec_of(item), self._key_of(item), owner=item.nodeid)
+
+    def _warm_next(self) -> None:
+        if self._next is not None and self._next.nodeid in self._index:
+            self._service.warm(_spec_of(self._next))
 
     def _request(self, item: pytest.Item) -> ItemRequest:
         spec, key = _spec_of(item), self._key_of(item)

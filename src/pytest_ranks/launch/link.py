@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.errors import UnavailableError
@@ -25,6 +25,7 @@ from pytest_ranks.launch.messages import (
     Forked,
     OpenStore,
     Prepare,
+    Settle,
 )
 from pytest_ranks.launch.processes import (
     STACKS_SIGNAL,
@@ -57,6 +58,7 @@ class RankHandle:
     pidfd: int | None = None
     status: int | None = None
     native_threads: int = 1
+    fresh: bool = False
     main_thread: int = 0
     captured: tuple[int, ...] = ()
     witness: int | None = None
@@ -110,6 +112,7 @@ class ZygoteLink:
         self._labels = itertools.count()
         self._handles: dict[int, RankHandle] = {}
         self._closed = False
+        self._settle: Settle | None = None
         self._stores = Stores(lambda end: self._send(OpenStore(), (end.fileno(),)))
 
     @classmethod
@@ -172,19 +175,42 @@ class ZygoteLink:
             os.close(controller)
         return cls(ours, process.pid, log=log, reap=process.wait, how="fresh")
 
-    def prepare(self, request: Prepare | Configure, descriptors: tuple[int, ...] = ()) -> None:
-        """Have the zygote import modules or become a pytest session; returns at once."""
-        self._send(request, descriptors)
-        if isinstance(request, Prepare):
-            with contextlib.suppress(ChannelClosed):  # whoever takes it meets that again
-                self._stores.prepare()
+    def become(self, request: Configure) -> None:
+        """Have a fresh zygote become a pytest session; returns at once."""
+        self._send(request)
+
+    def prepare(
+        self,
+        request: Prepare,
+        *,
+        configure: Configure | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """Have the zygote import modules; returns at once.
+
+        Args:
+            request: the modules, and where they are found.
+            configure: the pytest session that it is, for ranks that are started afresh.
+            environment: the variables that such ranks start with.
+        """
+        self._settle = Settle(prepare=request, configure=configure, environment=environment)
+        self._send(request)
+        with contextlib.suppress(ChannelClosed):  # whoever takes it meets that again
+            self._stores.prepare()
 
     def collect(self, files: tuple[str, ...]) -> None:
         """Have the zygote collect test files; returns at once."""
+        assert self._settle is not None
+        self._settle = replace(self._settle, files=files)
         self._send(Collect(files=files))
 
-    def fork(self, world_size: int) -> tuple[list[RankHandle], StartLine]:
-        """Ask for rank processes; they are there when their handles are ready."""
+    def fork(self, world_size: int, *, fresh: bool = False) -> tuple[list[RankHandle], StartLine]:
+        """Ask for rank processes; they are there when their handles are ready.
+
+        Args:
+            world_size: how many.
+            fresh: start each afresh, as devices need it, in place of a fork of the zygote.
+        """
         handles = []
         line, memory = StartLine.create(world_size)
         for rank in range(world_size):
@@ -198,7 +224,13 @@ class ZygoteLink:
             )
             self._handles[handle.label] = handle
             handles.append(handle)
-            request = Fork(label=handle.label, rank=rank, world_size=world_size)
+            request = Fork(
+                label=handle.label,
+                rank=rank,
+                world_size=world_size,
+                settle=self._settle,
+                fresh=fresh,
+            )
             self._send(request, (theirs.fileno(), handle.output, handle.stacks, memory))
             theirs.close()
         os.close(memory)
@@ -227,6 +259,7 @@ class ZygoteLink:
                     continue
                 handle.pid, handle.pidfd = message.pid, descriptors[0]
                 handle.native_threads = message.native_threads
+                handle.fresh = message.fresh
             elif isinstance(message, Exited) and handle is not None:
                 handle.status = message.status
 

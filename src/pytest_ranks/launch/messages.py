@@ -56,15 +56,41 @@ class OpenStore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """How a rank in a fresh process comes to be what a fork of the zygote is.
+
+    Attributes:
+        prepare: what to import.
+        configure: the pytest session to become, None for a rank that runs functions.
+        files: to collect.
+        environment: variables that the process starts with, beside the zygote's.
+    """
+
+    prepare: Prepare
+    configure: Configure | None = None
+    files: tuple[str, ...] = ()
+    environment: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fork:
-    """Fork one rank process.
+    """Fork one rank process, or start it afresh.
 
     With it come its channel, its output file, its stacks file and its start line's memory.
+
+    Attributes:
+        label: the controller's name for it.
+        rank: its number.
+        world_size: of how many.
+        settle: what it needs where it is started afresh.
+        fresh: start it afresh; else that is done only where a fork is not safe.
     """
 
     label: int
     rank: int
     world_size: int
+    settle: Settle | None = None
+    fresh: bool = False
 
 
 # ---- from the zygote
@@ -72,11 +98,19 @@ class Fork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forked:
-    """A rank process exists; its pidfd comes along."""
+    """A rank process exists; its pidfd comes along.
+
+    Attributes:
+        label: the controller's name for it.
+        pid: the process.
+        native_threads: how many the zygote had.
+        fresh: whether it is a process of its own and no fork.
+    """
 
     label: int
     pid: int
     native_threads: int
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +178,14 @@ class World:
     environment: dict[str, str] | None = None
     shared_tmp_path: str | None = None
     place: Place | None = None
+    device: str = ""
+
+    @property
+    def device_name(self) -> str:
+        """What torch calls the rank's device; under an outer launcher its local rank says which."""
+        if not self.device and self.backend == "nccl":
+            return f"cuda:{self.local_rank}"
+        return self.device or "cpu"
 
     @property
     def local_rank(self) -> int:

@@ -55,12 +55,16 @@ class Peers(Protocol):
 class Ranks:
     """Rank processes that run one thing at a time, together."""
 
-    def __init__(self, link: ZygoteLink, world_size: int) -> None:
+    def __init__(self, link: ZygoteLink, world_size: int, *, fresh: bool = False) -> None:
         self.world_size = world_size
         self.runs = 0
         self._link = link
-        self._handles, self._line = link.fork(world_size)
+        self._handles, self._line = link.fork(world_size, fresh=fresh)
         self._observer = Observer(self._handles)
+
+    def are_fresh(self) -> bool:
+        """Return whether each is a process of its own, and no fork of the zygote."""
+        return all(handle.fresh for handle in self._handles)
 
     def native_threads(self) -> int:
         """Return how many threads the zygote had when the ranks were forked."""

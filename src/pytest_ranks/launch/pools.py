@@ -6,9 +6,13 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pytest_ranks.launch.link import ZygoteLink
 from pytest_ranks.launch.pool import Ranks
+
+if TYPE_CHECKING:
+    from pytest_ranks.launch.devices import DeviceSet
 
 # Idle ranks cost 6 to 25 MiB each; twice the ranks of the widest test by default.
 MOST_IDLE_RANKS = 128
@@ -41,6 +45,7 @@ class Pool:
     ranks: Ranks
     home_port: int
     last_node_id: str = ""
+    devices: DeviceSet | None = None
 
 
 MakeRanks = Callable[[ZygoteLink, int], Ranks]

@@ -80,12 +80,10 @@ class RankContext:
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank: its GPU under nccl, else the CPU."""
+        """The device of this rank: its own accelerator where it has one, else the CPU."""
         import torch
 
-        return (
-            torch.device("cuda", self.local_rank) if self.backend == "nccl" else torch.device("cpu")
-        )
+        return torch.device(self._world.device_name)
 
     @property
     def shared_tmp_path(self) -> Path:

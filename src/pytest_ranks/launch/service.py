@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pytest_ranks import _compat
+from pytest_ranks.hardware.probes import probe
+from pytest_ranks.hardware.requirements import BACKEND_DEVICES
 from pytest_ranks.launch import deaths, failures
+from pytest_ranks.launch.device_ranks import DeviceRanks
+from pytest_ranks.launch.devices import DeviceDesk
 from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.messages import (
@@ -25,8 +29,11 @@ from pytest_ranks.launch.start import start_zygote
 from pytest_ranks.launch.unawaited import is_uneven, unawaited
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pytest
 
+    from pytest_ranks.hardware.found import Hardware
     from pytest_ranks.launch.link import ZygoteLink
     from pytest_ranks.launch.rank_run import RankRun
     from pytest_ranks.launch.spec import RankSpec
@@ -82,11 +89,20 @@ class RankService:
 
     Args:
         session: whose items these are.
+        hardware: returns what this machine has.
         make_ranks: forks the ranks of a pool.
     """
 
-    def __init__(self, session: pytest.Session, *, make_ranks: MakeRanks = Ranks) -> None:
+    def __init__(
+        self,
+        session: pytest.Session,
+        *,
+        hardware: Callable[[], Hardware] = probe,
+        make_ranks: MakeRanks = Ranks,
+    ) -> None:
         self._session = session
+        # an outer launcher has dealt the devices of its world out itself
+        self._devices = DeviceRanks(DeviceDesk(hardware)) if make_ranks is Ranks else None
         self._make_ranks = make_ranks
         self._link: ZygoteLink | None = None
         self._pools: Pools | None = None
@@ -125,6 +141,8 @@ class RankService:
     def end(self) -> None:
         """End all ranks and the zygote."""
         if self._pools is not None and self._link is not None:
+            if self._devices is not None:
+                self._devices.drain(self._pools.retire)
             self._pools.close()
             self._link.close()
         self._pools = self._link = None
@@ -136,21 +154,47 @@ class RankService:
 
     # ---- one item
 
-    def take(self, spec: RankSpec, key: PoolKey) -> Pool:
+    def take(self, spec: RankSpec, key: PoolKey, *, owner: str) -> Pool:
         """Return ranks for an item, warm ones if there are any.
 
+        Args:
+            spec: the ranks that the item asks for.
+            key: the shape of its pool.
+            owner: the item's node id.
+
         Raises:
+            DevicesUnavailable: there are too few devices, or others kept them too long.
             UnavailableError: there is no zygote to fork them from.
         """
         if self._pools is None:
             self.collect(self._files)
         assert self._pools is not None
+        if self._has_devices(spec):
+            assert self._devices is not None
+            return self._devices.take(self.link, spec.backend, spec.processes, owner=owner)
         return self._pools.take(key, fresh=is_alone(spec))
+
+    def warm(self, spec: RankSpec) -> None:
+        """Start what the next item needs while this one is at work, where that takes long."""
+        if self._devices is not None and self._has_devices(spec):
+            self._devices.warm(self.link, spec.processes)
+
+    def _has_devices(self, spec: RankSpec) -> bool:
+        return self._devices is not None and spec.backend in BACKEND_DEVICES
 
     def give_back(self, key: PoolKey, pool: Pool) -> None:
         """Keep ranks that did not run anything."""
-        if self._pools is not None:
+        if self._pools is None:
+            return
+        if pool.devices is None:
             self._pools.give_back(key, pool)
+            return
+        self._pools.retire(pool)
+        self.check_in(pool)
+
+    def check_in(self, pool: Pool) -> str | None:
+        """Give the devices of ranks back that were ended; return who still holds their memory."""
+        return None if self._devices is None else self._devices.check_in(pool)
 
     def run(self, request: ItemRequest, pool: Pool) -> ItemRun:
         """Run an item on these ranks and watch it to its end.
@@ -179,6 +223,8 @@ class RankService:
                 keep_group=request.key.scope is not None and not is_alone(spec),
                 rendezvous=rendezvous,
                 shared_tmp_path=str(shared),
+                environment=None if pool.devices is None else pool.devices.variables(rank),
+                device="" if pool.devices is None else pool.devices.torch_name(rank),
             )
             return RunItem(
                 world=world,
@@ -248,9 +294,11 @@ class RankService:
                 "note: the ranks collected in a process of their own, because this one had "
                 "threads or torch before collection, so a fork was not safe"
             )
-        if (threads := pool.ranks.native_threads()) > 1:
+        if pool.ranks.are_fresh() and pool.devices is None:
+            threads = pool.ranks.native_threads()
             notes.append(
-                f"note: the process that ranks are forked from had {threads} native threads"
+                "note: each rank was started afresh, because the process that they are forked "
+                f"from had {threads} native threads, so a fork was not safe"
             )
         return notes
 

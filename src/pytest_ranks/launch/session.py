@@ -288,20 +288,25 @@ def serve(session: pytest.Session, ends: Ends) -> NoReturn:
     Zygote(ends, collect=runner.collect, items=runner).serve()
 
 
-def become(request: Configure, ends: Ends) -> NoReturn:
-    """Start a pytest session with the controller's configuration in this fresh process."""
+def become(request: Configure, serve: Callable[[pytest.Session], NoReturn]) -> NoReturn:
+    """Start a pytest session with the controller's configuration in this fresh process.
+
+    Args:
+        request: the configuration.
+        serve: takes the session over once it would collect.
+    """
     os.chdir(request.directory)
     sys.path[:] = request.sys_path
-    pytest.main(list(request.arguments), plugins=[_Follower(request, ends)])
+    pytest.main(list(request.arguments), plugins=[_Follower(request, serve)])
     os._exit(1)  # only where the configuration failed; what pytest printed is in the log
 
 
 class _Follower:
     """Steers a fresh session away from running anything of its own."""
 
-    def __init__(self, request: Configure, ends: Ends) -> None:
+    def __init__(self, request: Configure, serve: Callable[[pytest.Session], NoReturn]) -> None:
         self._request = request
-        self._ends = ends
+        self._serve = serve
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_cmdline_main(
@@ -324,7 +329,7 @@ class _Follower:
         """Serve instead of collecting."""
         if isinstance(collector, pytest.Session):
             collector.config.pluginmanager.unregister(self)
-            serve(collector, self._ends)
+            self._serve(collector)
 
 
 def _make_quiet(config: pytest.Config) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pytest_ranks.errors import BadInputError, did_you_mean
 from pytest_ranks.launch.fidelity import ladder
 
-BACKENDS = ("gloo", "nccl")
+BACKENDS = ("gloo", *ladder.DEVICE_BACKENDS)
 DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, expert
 SIGNATURE = (
     "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
@@ -27,7 +27,7 @@ class RankSpec:
     Attributes:
         world_size: number of ranks.
         mesh: names and sizes of the mesh dimensions, in the order they were given.
-        backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
+        backend: the process group's backend: "gloo" on CPU, else one with a device a rank.
         timeout: seconds for the item after its ranks are ready, or None for the default.
         isolate: whether the item gets freshly forked ranks of its own.
         fidelity: how real the ranks are, one of `ladder.FIDELITIES`.
@@ -78,7 +78,8 @@ def ranks(
     Args:
         world_size: number of ranks, or several for one test item each.
         timeout: seconds for the test after its ranks are ready.
-        backend: the process group's backend: "gloo" on CPU, "nccl" with a GPU a rank.
+        backend: the process group's backend: "gloo" on CPU; with a device a rank "nccl" (CUDA
+            and ROCm), "xccl" (Intel) or "neuron" (Trainium).
         isolate: give the test freshly forked ranks, kept by no other test.
         fidelity: how real the ranks are, or several for one test item each.
         lowest_fidelity: the lowest fidelity that the test is valid on.

@@ -35,6 +35,8 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
         session: about to collect.
         fresh: never fork, because the session is past its collection.
     """
+    configuration = _configuration(session.config)
+    environment = {**os.environ, **early_variables()}
     if not fresh and native_threads() == 1 and "torch" not in sys.modules:
 
         def serve(channel: Channel, controller: int, log: int) -> NoReturn:
@@ -47,8 +49,8 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
 
         link = ZygoteLink.start_forked(serve)
     else:
-        link = ZygoteLink.start_fresh({**os.environ, **early_variables()}, "--pytest")
-        link.prepare(_configuration(session.config))
+        link = ZygoteLink.start_fresh(environment, "--pytest")
+        link.become(configuration)
     link.attendant = Attendant(
         display=Display(session.config) if is_shown(session.config) else None,
         desk=desk_of(session.config),
@@ -56,7 +58,8 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
     measure = harvest_of(session.config).measure()
     if measure is not None:
         link.farewell = SAVE_SECONDS
-    link.prepare(Prepare(modules=("torch",), coverage=measure))
+    request = Prepare(modules=("torch",), coverage=measure)
+    link.prepare(request, configure=configuration, environment=environment)
     return link
 
 

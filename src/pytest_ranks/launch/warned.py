@@ -6,12 +6,11 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.launch.messages import Finished
+from pytest_ranks.launch.messages import Finished, Warned
 
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_ranks.launch.messages import Warned
     from pytest_ranks.launch.rank_run import RankRun
 
 
@@ -24,6 +23,23 @@ def forward_warnings(config: pytest.Config, runs: list[RankRun]) -> None:
                 if warned not in seen:
                     seen.add(warned)
                     _record(config, warned)
+
+
+def warn(item: pytest.Item, text: str) -> None:
+    """Record a warning about an item, which has passed or failed already."""
+    path, line, _ = item.location
+    _record(
+        item.config,
+        Warned(
+            category="pytest:PytestWarning",
+            text=text,
+            filename=path,
+            lineno=(line or 0) + 1,
+            when="runtest",
+            node_id=item.nodeid,
+            location=None,
+        ),
+    )
 
 
 def _record(config: pytest.Config, warned: Warned) -> None:

@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
-import importlib
 import io
 import os
 import select
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from pytest_ranks.launch import coverage
+from pytest_ranks.launch import coverage, fresh
 from pytest_ranks.launch.group import (
     early_variables,
-    let_tests_initialise,
     scrub_rank_variables,
 )
 from pytest_ranks.launch.messages import Collect, Exited, Fork, Forked, OpenStore, Prepare
+from pytest_ranks.launch.preparation import prepare
 from pytest_ranks.launch.processes import (
     STACKS_SIGNAL,
     become_subreaper,
@@ -129,7 +128,7 @@ class Zygote:
     def _answer(self, message: object, descriptors: tuple[int, ...]) -> None:
         if isinstance(message, Prepare):
             self._coverage = message.coverage
-            _prepare(message)
+            prepare(message)
         elif isinstance(message, Collect):
             assert self._collect is not None
             self._collect(message.files)
@@ -140,15 +139,20 @@ class Zygote:
 
     def _fork(self, request: Fork, descriptors: tuple[int, ...]) -> None:
         threads = native_threads()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_rank(request, descriptors, parent)
+        is_fresh = request.settle is not None and (request.fresh or threads > 1)
+        if is_fresh:
+            pid = fresh.start(request, descriptors)
+        else:
+            parent = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                self._become_rank(request, descriptors, parent)
         pidfd = os.pidfd_open(pid)
         self._ranks[pidfd] = (pid, request.label)
         for fd in descriptors:
             os.close(fd)
-        self._channel.send(Forked(label=request.label, pid=pid, native_threads=threads), (pidfd,))
+        forked = Forked(label=request.label, pid=pid, native_threads=threads, fresh=is_fresh)
+        self._channel.send(forked, (pidfd,))
 
     def _become_rank(self, request: Fork, descriptors: tuple[int, ...], parent: int) -> NoReturn:
         try:
@@ -210,27 +214,6 @@ class Zygote:
                     os.waitpid(pid, 0)
 
 
-def _prepare(request: Prepare) -> None:
-    coverage.stop_inherited()
-    if request.environment is not None:
-        os.environ.update(request.environment)
-    if request.working_directory is not None:
-        with contextlib.suppress(OSError):
-            os.chdir(request.working_directory)
-    if request.sys_path is not None:
-        sys.path[:] = request.sys_path
-    for entry in request.modules:
-        module, _, name = entry.partition(":")
-        with contextlib.suppress(Exception):  # the rank will meet it where it can be reported
-            found = importlib.import_module(module)
-            if module == "torch":
-                let_tests_initialise()
-            if name:  # packages that import on demand do so when the name is looked up
-                getattr(found, name)
-    gc.collect()
-    gc.freeze()  # so that a collection in a rank does not copy every shared page
-
-
 def start_guardian(ends: Ends) -> None:
     """Fork a process that ends this one, with all below, should it outlive its controller.
 
@@ -267,10 +250,10 @@ def main(arguments: list[str]) -> NoReturn:
     )
     start_guardian(ends)
     if arguments[2:] == ["--pytest"]:
-        from pytest_ranks.launch.session import become
+        from pytest_ranks.launch.session import become, serve
 
         request, _ = ends.channel.receive()
-        become(request, ends)
+        become(request, partial(serve, ends=ends))
     Zygote(ends).serve()
 
 

@@ -20,6 +20,7 @@ HOSTED = ("fake", "local_tensor", "threads")
 UNLIMITED = ("fake", "local_tensor")
 DEFAULT = "gloo"
 DEVICE_BACKEND = "nccl"
+DEVICE_BACKENDS = (DEVICE_BACKEND, "xccl", "neuron")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +46,12 @@ def levels(fidelity: object, lowest_fidelity: object, backend: str | None) -> tu
     Args:
         fidelity: a name, several of them, or None for what the backend implies.
         lowest_fidelity: the lowest one that the test is valid on; None: the lowest it names.
-        backend: "gloo", "nccl", or None for what the fidelity implies.
+        backend: one by name, or None for what the fidelity implies.
 
     Raises:
         BadInputError: a name is unknown, or the arguments contradict each other.
     """
-    implied = "device" if backend == DEVICE_BACKEND else DEFAULT
+    implied = "device" if backend in DEVICE_BACKENDS else DEFAULT
     names = _names(fidelity, (implied,))
     lowest = min(names, key=place) if lowest_fidelity is None else lowest_fidelity
     _check(lowest, f"lowest_fidelity={lowest_fidelity!r}")
@@ -63,14 +64,14 @@ def levels(fidelity: object, lowest_fidelity: object, backend: str | None) -> tu
                 f"ranks(fidelity={name!r}, lowest_fidelity={lowest!r}): {name!r} is lower than "
                 f"the lowest; the order is {', '.join(FIDELITIES)}."
             )
-        if backend is not None and (backend == DEVICE_BACKEND) != (name == "device"):
+        if backend is not None and (backend in DEVICE_BACKENDS) != (name == "device"):
             raise BadInputError(
                 f"ranks(fidelity={name!r}, backend={backend!r}): expected backend "
                 f"{_backend_of(name)!r} or none."
             )
     is_pinned = len(names) > 1 or (fidelity is not None and lowest_fidelity is None)
     return tuple(
-        Level(fidelity=one, lowest=lowest, backend=_backend_of(one), is_pinned=is_pinned)
+        Level(fidelity=one, lowest=lowest, backend=backend or _backend_of(one), is_pinned=is_pinned)
         for one in names
     )
 

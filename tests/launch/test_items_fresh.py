@@ -1,0 +1,157 @@
+"""Ranks in fresh processes: where a fork is not safe, and where they have devices."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pytest_ranks.errors import RankFailure, UnavailableError
+from pytest_ranks.launch.host import RankHost
+
+pytest.importorskip("torch")
+
+THREADED = """
+import threading
+
+# as a client of a metrics or a cloud service starts one when it is imported
+threading.Thread(target=threading.Event().wait, daemon=True, name="of the conftest").start()
+"""
+FILE = """
+import os, signal, sys, threading
+import pytest, torch
+import torch.distributed as dist
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return {"uses": 0}
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("turn", [1, 2])
+def test_sum(turn, rank, wide, record_property, tmp_path):
+    wide["uses"] += 1
+    assert wide["uses"] == turn
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    record_property("total", total.item())
+    names = [thread.name for thread in threading.enumerate()]
+    assert "of the conftest" in names  # a fork would have lost it
+    left = [1, 2]
+    assert left == [1, 2]
+
+
+@pytest.mark.ranks(2)
+def test_explains(rank):
+    print("said by", rank.index)
+    found = [rank.index, 2]
+    assert found == [0, 2]
+
+
+@pytest.mark.ranks(2)
+def test_dies(rank):
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_after(rank):
+    dist.barrier()
+"""
+
+
+@pytest.fixture(scope="module")
+def session(run_session):
+    return run_session(
+        {"test_it.py": FILE, "threaded.py": THREADED},
+        *("-p", "threaded", "-p", "no:randomly", "-p", "no:rerunfailures"),
+        env={"PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])},
+    )
+
+
+def test_ranks_start_afresh_where_the_zygote_has_threads(session) -> None:
+    assert session.call("test_sum[1]").outcome == "passed", session.output
+    assert session.call("test_sum[2]").outcome == "passed"
+    assert dict(session.call("test_sum[1]").properties)["total"] == 2.0
+    assert session.call("test_after").outcome == "passed"
+
+
+def test_a_fresh_rank_rewrites_assertions_and_captures_output(session) -> None:
+    row = session.call("test_explains")
+    assert "assert [1, 2] == [0, 2]" in row.text
+    assert dict(row.sections)["Captured stdout call (rank 0)"] == "said by 0\n"
+
+
+def test_a_death_says_how_the_ranks_were_started(session) -> None:
+    text = session.call("test_dies").text
+    assert "rank 1 of 2 failed first" in text.splitlines()[0]
+    assert "died of SIGSEGV" in text
+    assert (
+        "note: each rank was started afresh, because the process that they are forked from had"
+        in text
+    )
+
+
+# ---- devices
+
+
+def what_a_rank_sees() -> tuple[str | None, int, str | None]:
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), os.getppid(), os.environ.get("LOCAL_RANK")
+
+
+def hold_memory(holders: str) -> None:
+    Path(holders).write_text("GPU-33, 4711, 300\n")
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch) -> Path:
+    """Have nvidia-smi tell of four GPUs; returns the file in which it finds who holds memory."""
+    lines = [f"{n}, GPU-{n}{n}, 81559, 570.86.15, NVIDIA H100, 9.0" for n in range(4)]
+    (tmp_path / "gpus").write_text("\n".join(lines) + "\n")
+    (tmp_path / "holders").write_text("")
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in *compute-apps*) cat {tmp_path}/holders;; *) cat {tmp_path}/gpus;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the leases lie
+    monkeypatch.setattr("tempfile.tempdir", None)
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("a driver is here, which tells of its own devices")
+    return tmp_path / "holders"
+
+
+def test_ranks_with_devices_see_what_was_leased_alone(gpus) -> None:
+    with RankHost(preload=("torch",)) as host:
+        seen = host.run(what_a_rank_sees, world_size=2, backend="nccl", init=False)
+        assert [(devices, rank) for devices, _, rank in seen] == [("3,1", "0"), ("3,1", "1")]
+        parents = {parent for _, parent, _ in seen}
+        assert len(parents) == 1  # the zygote, which ends what they leave behind
+        again = host.run(what_a_rank_sees, world_size=1, backend="nccl", init=False)
+        assert again[0][0] == "3"  # given back
+
+
+def test_too_few_devices_are_named(gpus) -> None:
+    with RankHost(preload=("torch",)) as host, pytest.raises(UnavailableError) as caught:
+        host.run(what_a_rank_sees, world_size=4, backend="nccl", init=False)
+    assert str(caught.value).startswith("needs 4 CUDA devices, found 3 (")
+
+
+def test_memory_that_stays_is_warned_of(gpus, monkeypatch) -> None:
+    monkeypatch.setattr("pytest_ranks.hardware.holders.SETTLE_SECONDS", 0.0)
+    with (
+        RankHost(preload=("torch",)) as host,
+        pytest.warns(ResourceWarning, match=r"process 4711 holds 300 MiB of device 3"),
+    ):
+        host.run(hold_memory, world_size=1, backend="nccl", init=False, args=(str(gpus),))
+
+
+def test_a_fresh_rank_that_fails_is_a_failure(gpus) -> None:
+    with RankHost(preload=("torch",)) as host, pytest.raises(RankFailure, match="ZeroDivision"):
+        host.run(divmod, world_size=1, backend="nccl", init=False, args=(1, 0))
