@@ -87,7 +87,7 @@ def test_a_fresh_rank_rewrites_assertions_and_captures_output(session) -> None:
 
 def test_a_death_says_how_the_ranks_were_started(session) -> None:
     text = session.call("test_dies").text
-    assert "rank 1 of 2 failed first" in text.splitlines()[0]
+    assert "rank 1 of 2 failed first" in text.splitlines()[0], text
     assert "died of SIGSEGV" in text
     assert (
         "note: each rank was started afresh, because the process that they are forked from had"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.preparation import prepare
-from pytest_ranks.launch.processes import die_with_parent
+from pytest_ranks.launch.processes import become_subreaper, die_with_parent
 from pytest_ranks.launch.rank import Rank
 from pytest_ranks.launch.startline import StartLine
 from pytest_ranks.launch.wire import Channel
@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> NoReturn:
     """Become the rank that the zygote asked for."""
     rank, world_size, parent = map(int, arguments)
     die_with_parent(parent)
+    become_subreaper()
     with os.fdopen(_SETTLE, "rb") as file:
         settle: Settle = pickle.load(file)
     line = StartLine(_LINE, world_size, place=rank)
