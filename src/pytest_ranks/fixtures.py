@@ -33,6 +33,14 @@ def rank() -> RankContext:
 
 
 @pytest.fixture
+def ranks_fidelity() -> str:
+    """How real the ranks of this test are. Override it to choose, with `params=` for several."""
+    from pytest_ranks.launch.rank import current_rank
+
+    return current_rank().fidelity
+
+
+@pytest.fixture
 def faults(request: pytest.FixtureRequest) -> Generator[Faults]:
     """Inject faults into the ranks of this test: real deaths, hangs, delays, slow networks.
 

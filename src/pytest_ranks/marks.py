@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_ranks.errors import BadInputError, did_you_mean
-from pytest_ranks.options import Settings, settings
+from pytest_ranks.options import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -177,11 +177,13 @@ class Asked(NamedTuple):
         needs: what the machine has to have.
         spec: the ranks that the item runs on, or None.
         error: the sentence about a mark that cannot be used, or None.
+        skip: why the item cannot run as it is asked to, or None.
     """
 
     needs: tuple[Need, ...] = ()
     spec: RankSpec | None = None
     error: str | None = None
+    skip: str | None = None
 
 
 NOTHING = Asked()
@@ -221,6 +223,20 @@ def _ids(specs: tuple[RankSpec, ...]) -> list[str]:
     return [f"ws={spec.world_size}" + f"-{spec.fidelity}" * has_several for spec in specs]
 
 
+def use_fidelity(collector: pytest.Collector, name: str, obj: object) -> None:
+    """Have a test with the mark `ranks` use the fixture that says its fidelity, as anyio does."""
+    if not isinstance(collector, pytest.Module | pytest.Class):
+        return
+    own = getattr(obj, "pytestmark", ())
+    if not own and collector.get_closest_marker("ranks") is None:
+        return
+    names = {mark.name for mark in own if isinstance(mark, pytest.Mark)}
+    is_marked = "ranks" in names or collector.get_closest_marker("ranks") is not None
+    is_used = any("ranks_fidelity" in mark.args for mark in own if isinstance(mark, pytest.Mark))
+    if is_marked and not is_used and collector.istestfunction(obj, name):
+        pytest.mark.usefixtures("ranks_fidelity")(obj)
+
+
 def read(item: pytest.Item) -> Asked:
     """Return what an item's marks ask for, read once."""
     asked = item.stash.get(ASKED_KEY, None)
@@ -236,18 +252,19 @@ def _read(item: pytest.Item, marks: list[pytest.Mark], ours: dict[str, Mark]) ->
     """Call each mark's function with the mark's arguments."""
     needs: list[Need] = []
     spec: RankSpec | None = None
+    skip: str | None = None
     for mark in marks:
         row = ours[mark.name]
         try:
             if row.needs is not None:
                 needs += _call(row.needs, mark)
             elif spec is None:  # the closest mark comes first and is the one that counts
-                spec = _choose(item, _rank_specs(mark, _parameters(item)))
+                spec, skip = _choose(item, _rank_specs(mark, _parameters(item)))
                 needs.append(_ranks_need(spec))
         except BadInputError as error:
             text = f"{item.nodeid}: mark {error} Signature: {row.name}{row.signature}"
             return Asked(error=text)
-    return Asked(needs=tuple(dict.fromkeys(needs)), spec=spec)
+    return Asked(needs=tuple(dict.fromkeys(needs)), spec=spec, skip=skip)
 
 
 def _call(function: Callable[..., tuple[Need, ...]], mark: pytest.Mark) -> tuple[Need, ...]:
@@ -280,35 +297,25 @@ def _rank_specs(mark: pytest.Mark, parameters: Mapping[str, object]) -> tuple[Ra
         raise BadInputError(f"{error}.") from None
 
 
-def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> RankSpec:
-    """Return the spec of this item, within the most ranks that a test may ask for."""
+def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> tuple[RankSpec, str | None]:
+    """Return the spec of this item, within the most ranks that a test may ask for, or a skip."""
+    from pytest_ranks.launch.fidelity.choice import choose
+
     parameters = _parameters(item)
     if len(specs) > 1 and RANKS_PARAMETER not in parameters:
         raise BadInputError(
             f"ranks: {', '.join(_ids(specs))}, expected one: pytest can repeat neither methods of "
             "unittest.TestCase nor a test because of a mark on one of its parameters."
         )
-    spec: RankSpec = parameters.get(RANKS_PARAMETER, specs[0])
     chosen = settings(item.config)
-    spec = _at_fidelity(spec, chosen)
+    spec, skip = choose(item, parameters.get(RANKS_PARAMETER, specs[0]), parameters, chosen)
     if spec.is_limited and spec.world_size > chosen.max_world_size:
         source = chosen.source("max_world_size")
         raise BadInputError(
             f"ranks: world size {spec.world_size}, expected at most {chosen.max_world_size} "
             f"({source}); allow more with --ranks-max-world-size={spec.world_size}."
         )
-    return spec
-
-
-def _at_fidelity(spec: RankSpec, chosen: Settings) -> RankSpec:
-    """Return the spec at the fidelity that the session wants, where the test allows that."""
-    from pytest_ranks.launch.fidelity import ladder
-
-    if chosen.fidelity is None or not ladder.is_allowed(spec, chosen.fidelity):
-        return spec
-    changed = ladder.at(spec, chosen.fidelity)
-    is_too_wide = changed.is_limited and spec.world_size > chosen.max_world_size
-    return spec if is_too_wide and not spec.is_limited else changed
+    return spec, skip
 
 
 def _parameters(item: pytest.Item) -> Mapping[str, Any]:
@@ -339,12 +346,12 @@ def hardware(config: pytest.Config) -> Hardware:
 
 def skip_reason(item: pytest.Item) -> str | None:
     """Return why an item cannot run on this machine, or None where it can."""
-    needs = read(item).needs
-    if not needs:
-        return None
+    asked = read(item)
+    if asked.skip is not None or not asked.needs:
+        return asked.skip
     from pytest_ranks.hardware.requirements import unmet
 
-    for need in needs:
+    for need in asked.needs:
         reason = unmet(need, hardware=lambda: hardware(item.config))
         if reason is not None:
             return reason

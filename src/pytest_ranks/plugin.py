@@ -82,6 +82,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return options.header(config)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: object) -> None:
+    """Let a fixture say how real the ranks of a test are."""
+    marks.use_fidelity(collector, name, obj)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one item for each world size."""
     marks.parametrize(metafunc)

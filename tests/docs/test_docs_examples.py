@@ -74,8 +74,8 @@ def test_example_tests_pass_on_ranks(pytester):
         (pytester.path / name).write_text(text)
     result = pytester.runpytest_subprocess("-p", "no:randomly", "-rA")
     expected = sum(text.count("def test_") for text in files.values())
-    # Two examples list world sizes, [1, 2, 4] and [1, 2].
-    result.assert_outcomes(passed=expected + 2 + 1)
+    # Two examples list world sizes, [1, 2, 4] and [1, 2]; one lists two fidelities.
+    result.assert_outcomes(passed=expected + 2 + 1 + 1)
     assert needs.count("@pytest.mark.") == needs.count("def test_")
 
 

@@ -160,3 +160,150 @@ def test_a_bad_option_is_one_sentence(run_session):
     assert found.returncode == 4
     assert "--ranks-fidelity: found 'glo', expected " in found.output
     assert "(no fidelity is called 'glo'. Did you mean 'gloo'?)" in found.output
+
+
+CHOSEN_BY_FIXTURE = """
+import pytest
+
+class TestEach:
+    @pytest.fixture(params=["threads", "gloo"])
+    def ranks_fidelity(self, request):
+        return request.param
+
+    @pytest.mark.ranks(2, lowest_fidelity="threads")
+    def test_allows(self, rank, request):
+        assert f"[{rank.fidelity}]" in request.node.nodeid
+        assert rank.gather(rank.index) == [0, 1]
+
+    @pytest.mark.ranks(2)
+    def test_says_nothing(self, rank):
+        assert rank.fidelity == "gloo"
+
+    @pytest.mark.ranks(2, fidelity="fake")
+    def test_pinned(self, rank):
+        assert rank.fidelity == "fake"
+
+    def test_plain(self):
+        pass
+
+
+class TestOne:
+    @pytest.fixture
+    def ranks_fidelity(self):
+        return "threads"
+
+    @pytest.mark.ranks(2, lowest_fidelity="threads")
+    def test_allows_one(self, rank):
+        assert rank.gather(rank.fidelity) == [rank.fidelity] * 2
+
+    @pytest.mark.ranks(2)
+    def test_says_nothing_to_one(self, rank):
+        assert rank.fidelity == "gloo"
+
+
+class TestWrong:
+    @pytest.fixture
+    def ranks_fidelity(self):
+        return "thread"
+
+    @pytest.mark.ranks(2)
+    def test_name(self, rank):
+        pass
+
+
+class TestArguments:
+    @pytest.fixture
+    def ranks_fidelity(self, tmp_path):
+        return "threads"
+
+    @pytest.mark.ranks(2)
+    def test_arguments(self, rank):
+        pass
+
+
+@pytest.mark.ranks(2)
+def test_asks(rank, ranks_fidelity):
+    assert ranks_fidelity == "gloo"
+
+
+@pytest.mark.ranks(2, fidelity="threads")
+def test_faults(rank, faults):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def by_fixture(run_session):
+    return run_session({"test_it.py": CHOSEN_BY_FIXTURE})
+
+
+@pytest.mark.parametrize(
+    ("name", "fidelity"),
+    [
+        ("test_allows[threads]", "threads"),
+        ("test_allows[gloo]", "gloo"),
+        ("test_says_nothing[gloo]", "gloo"),
+        ("test_allows_one", "threads"),
+        ("test_says_nothing_to_one", "gloo"),
+        ("test_asks", "gloo"),
+    ],
+)
+def test_a_fixture_chooses_where_the_test_allows_it(by_fixture, name, fidelity):
+    row = by_fixture.call(name)
+    assert row.outcome == "passed", row.text
+    assert dict(row.properties)["fidelity"] == fidelity
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "test_says_nothing[threads]",
+            "fixture ranks_fidelity says 'threads', the test is valid at 'gloo' and above; write "
+            "lowest_fidelity='threads' on its mark if it is",
+        ),
+        (
+            "test_pinned[gloo]",
+            "fixture ranks_fidelity says 'gloo', the test runs at fidelity 'fake' alone",
+        ),
+    ],
+)
+def test_a_fixture_skips_what_it_may_not_choose(by_fixture, name, reason):
+    row = by_fixture.call(name)
+    assert row.outcome == "skipped"
+    assert reason in row.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "test_name",
+            f"ranks: the fixture ranks_fidelity says 'thread', expected one of {NAMES}.",
+        ),
+        (
+            "test_arguments",
+            "ranks: the fixture ranks_fidelity takes tmp_path, expected nothing, or params=[...]: "
+            "it is asked before the ranks are there.",
+        ),
+        (
+            "test_faults",
+            "ranks(fidelity='threads'): the fixture 'faults' needs a process a rank, expected "
+            "fidelity 'gloo' or above.",
+        ),
+    ],
+)
+def test_a_fixture_that_cannot_choose_is_one_sentence(by_fixture, name, text):
+    row = by_fixture.call(name)
+    assert row.outcome == "failed"
+    assert text in row.text
+
+
+def test_tests_without_the_mark_are_not_repeated(by_fixture):
+    assert by_fixture.call("test_plain").outcome == "passed"
+
+
+def test_the_command_line_goes_before_a_fixture_without_parameters(run_session):
+    found = run_session({"test_it.py": CHOSEN_BY_FIXTURE}, "--ranks-fidelity=gloo", "-k", "allows")
+    assert dict(found.call("test_allows_one").properties)["fidelity"] == "gloo"
+    assert dict(found.call("test_allows[threads]").properties)["fidelity"] == "threads"

@@ -7,6 +7,7 @@ import sysconfig
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
+from pytest_ranks.launch.fidelity.choice import FIXTURE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -48,7 +49,8 @@ def _wide_fixtures(item: pytest.Item) -> Iterable[str]:
     a model, a mesh or a group that the next test of the scope goes on with.
     """
     for definition in _compat.fixture_definitions(item):
-        if definition.scope != "function" and _is_users(definition):
+        is_wide = definition.scope != "function" and definition.argname != FIXTURE
+        if is_wide and _is_users(definition):
             where = _node_of(item, definition.scope)
             yield f"{definition.scope} fixture {definition.argname} of {where or 'the session'}"
 
