@@ -137,6 +137,52 @@ def test_ranks_with_devices_see_what_was_leased_alone(gpus) -> None:
         assert again[0][0] == "3"  # given back
 
 
+def what_a_rank_of_another_vendor_sees() -> tuple[str, str]:
+    names = ("HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "NEURON_RT_VISIBLE_CORES")
+    ((name, value),) = [(name, os.environ[name]) for name in names if name in os.environ]
+    return name, value
+
+
+CARDS = '{"card0": {"Card Series": "MI300X"}, "card1": {"Card Series": "MI300X"}}'
+INTEL = '{"device_list": [{"device_name": "Max 1550"}, {"device_name": "Max 1550"}]}'
+CORES = '[{"neuron_device": 0, "nc_count": 2, "neuroncore_ids": [0, 1], "neuron_processes": []}]'
+
+
+@pytest.mark.parametrize(
+    ("backend", "tool", "says", "seen"),
+    [
+        ("nccl", "rocm-smi", CARDS, [("HIP_VISIBLE_DEVICES", "0,1")] * 2),
+        ("xccl", "xpu-smi", INTEL, [("ZE_AFFINITY_MASK", "0,1")] * 2),
+        (
+            "neuron",
+            "neuron-ls",
+            CORES,
+            [("NEURON_RT_VISIBLE_CORES", "0"), ("NEURON_RT_VISIBLE_CORES", "1")],
+        ),
+    ],
+)
+def test_ranks_of_other_vendors_see_their_own_devices(
+    tmp_path, monkeypatch, backend, tool, says, seen
+) -> None:
+    (tmp_path / tool).write_text(f"#!/bin/sh\ncat <<'END'\n{says}\nEND\n")
+    (tmp_path / tool).chmod(0o755)
+    (tmp_path / "torch_neuronx").mkdir()
+    (tmp_path / "torch_neuronx" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    for name in ("CUDA_VISIBLE_DEVICES", *(variable for variable, _ in seen)):
+        monkeypatch.delenv(name, raising=False)
+    if any(Path(node).exists() for node in ("/dev/kfd", "/dev/nvidiactl", "/dev/neuron0")):
+        pytest.skip("a driver is here, which tells of its own devices")
+    with RankHost(preload=("torch",)) as host:
+        found = host.run(
+            what_a_rank_of_another_vendor_sees, world_size=2, backend=backend, init=False
+        )
+    assert found == seen
+
+
 def test_too_few_devices_are_named(gpus) -> None:
     with RankHost(preload=("torch",)) as host, pytest.raises(UnavailableError) as caught:
         host.run(what_a_rank_sees, world_size=4, backend="nccl", init=False)
