@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 
@@ -88,6 +89,36 @@ def test_ends_rank_0(rank):
     if rank.index == 0:
         os.kill(pytest_of_this_rank(), signal.SIGKILL)
     time.sleep(1000)
+"""
+)
+CHOSEN = (
+    HEAD.replace("def test_plain", "def unwanted_plain").replace("def test_world", "def unwanted")
+    + """
+@pytest.mark.ranks(2)
+def test_unwanted(rank):
+    pass
+
+@pytest.mark.ranks(2)
+def test_flaky(rank):
+    mark = os.path.join(os.environ["FOLDER"], f"tried{rank.index}")
+    tried = os.path.exists(mark)
+    open(mark, "w").close()
+    dist.barrier()
+    assert tried or rank.index == 0
+
+@pytest.mark.ranks(2, expect_deaths={1: "SIGKILL"})
+def test_kills_1(rank, faults):
+    faults.kill(1, at="all_reduce#1")
+    with pytest.raises(RuntimeError):
+        dist.all_reduce(torch.ones(1))
+
+@pytest.mark.ranks(2)
+def test_fails(rank):
+    assert rank.index < 0
+
+@pytest.mark.ranks(2)
+def test_zzz_never(rank):
+    pass
 """
 )
 NO_RANKS = """
@@ -230,9 +261,33 @@ def test_a_world_without_tests_on_ranks_is_left_alone(world: World) -> None:
     assert "attached" not in process.output
 
 
+def test_only_rank_0_selects_orders_and_repeats(world: World) -> None:
+    pytest.importorskip("pytest_rerunfailures")
+    world.write(CHOSEN)
+    arguments = ("-k", "test_", "-k", "not unwanted", "--reruns=1", "-x", "--ranks-report=r.json")
+    processes = world.srun("-p", "rerunfailures", *arguments, size=2, nodes=1)
+    assert [process.wait() for process in processes] == [1, 1], processes[0].output
+    rows = world.rows()
+    assert [row["outcome"] for row in rows["test_flaky"] if row["when"] == "call"] == [
+        "rerun",
+        "passed",
+    ]
+    assert set(rows) == {"test_flaky", "test_kills_1", "test_fails"}
+    assert all(row["outcome"] == "passed" for row in rows["test_kills_1"])
+    assert "1 failed, 2 passed, 1 deselected, 2 rerun" in processes[0].output
+    assert processes[1].output.count("\n") == 1
+    items = json.loads((world.folder / "r.json").read_text())["items"]
+    assert {item["node_id"].partition("::")[2] for item in items} == set(rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (
+            ("--ranks-debug=1",),
+            "ERROR: --ranks-debug=1: a debugger needs the terminal, which the ranks that srun "
+            "started do not have; start pytest without srun",
+        ),
         (
             ("-n", "2"),
             "ERROR: pytest-xdist's workers cannot be ranks of the world of 2 that srun started: "
@@ -245,7 +300,7 @@ def test_a_world_without_tests_on_ranks_is_left_alone(world: World) -> None:
             "example --ranks-attach=never",
         ),
     ],
-    ids=["xdist", "attach"],
+    ids=["debug", "xdist", "attach"],
 )
 def test_what_cannot_be_is_refused(world: World, arguments: tuple[str, ...], text: str) -> None:
     if "-n" in arguments:

@@ -36,6 +36,7 @@ _REPORTERS = (
     "stepwiseplugin",
     "pastebin",
     "ranks-needs",
+    "ranks-report",
     "ranks-verdict",
 )
 # Options of rank 0 alone: they write files, or select tests by what only rank 0 has kept.
@@ -82,6 +83,7 @@ def prepare(config: pytest.Config, *, is_likely: Callable[[pytest.Config], bool]
     if chosen.attach == "auto" and not is_likely(config):
         return
     _refuse_xdist(config, world)
+    _refuse_debugger(config, world)
     # plain tests run on rank 0 alone: whoever reads these variables there would wait for the others
     scrub_rank_variables()
     _agree_on_seed(config, world)
@@ -153,6 +155,19 @@ def _refuse_xdist(config: pytest.Config, world: OuterWorld) -> None:
             f"pytest-xdist's workers cannot be ranks of the world of {world.size} that "
             f"{world.launcher} started: expected no -n, no --dist and no --tx, also in addopts; "
             "add -n 0, or start pytest without a launcher"
+        )
+
+
+def _refuse_debugger(config: pytest.Config, world: OuterWorld) -> None:
+    rank = options.settings(config).debug
+    asked = f"--ranks-debug={rank}" if rank is not None else ""
+    for name, option in (("usepdb", "--pdb"), ("trace", "--trace")):
+        if getattr(config.option, name, False):
+            asked = option
+    if asked:
+        raise pytest.UsageError(
+            f"{asked}: a debugger needs the terminal, which the ranks that {world.launcher} "
+            f"started do not have; start pytest without {world.launcher}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pytest_ranks.launch.messages import RunItem, TearDown
+from pytest_ranks.launch.messages import Injected, RunItem, TearDown
 from pytest_ranks.launch.rank_run import RankRun
 
 # ---- from a follower: the pytest of a rank other than 0
@@ -56,6 +56,14 @@ class Result:
 
     number: int
     run: RankRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What the rank told of a fault while the run goes on."""
+
+    number: int
+    fault: Injected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,10 @@ from pytest_ranks.launch.coordination import (
     Result,
     Retire,
     Run,
+    Told,
 )
 from pytest_ranks.launch.line import Line, LineLost
-from pytest_ranks.launch.messages import Raised, RunItem
+from pytest_ranks.launch.messages import Injected, Raised, RunItem
 from pytest_ranks.launch.outcome import ExpectedEnd
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.rank_run import RankRun
@@ -116,6 +117,7 @@ class Follower:
                 starts=order.starts,
                 peers=rank0,
                 expected_ends=_ends(order),
+                on_injected=rank0.tell_fault,
             )
         except UnavailableError as error:
             self._pools.clear()
@@ -169,12 +171,19 @@ class _RankZero:
                 self._failed = self._failed or isinstance(message, Retire | End)
 
     def tell_failure(self) -> None:
-        if not self._told and self.lost is None:
+        if not self._told:
             self._told = True
+            self._send(Failed(number=self._order.number))
+
+    def _send(self, message: object) -> None:
+        if self.lost is None:
             try:
-                self._line.send(Failed(number=self._order.number))
+                self._line.send(message)
             except LineLost as error:
                 self.lost, self._failed = error, True
+
+    def tell_fault(self, fault: Injected) -> None:
+        self._send(Told(number=self._order.number, fault=fault))
 
     def has_failed(self) -> bool:
         return self._failed

@@ -243,14 +243,16 @@ class Hub:
     def ask(self, member: Member, message: object, kind: type) -> Any:
         """Return a rank's answer of this kind, None where it gave none; older ones are dropped."""
         self.send(member, message)
-        end = time.monotonic() + ANSWER_SECONDS
+        return self._await(member, kind, time.monotonic() + ANSWER_SECONDS)
+
+    def _await(self, member: Member, kind: type, end: float) -> Any:
         while member.loss is None:
             for found in self.hear(member):
                 if isinstance(found, kind):
                     return found
             left = end - time.monotonic()
             if left <= 0:
-                self.lose(member, LineLost(f"it did not answer for {ANSWER_SECONDS:g} s"))
+                self.lose(member, LineLost(f"it did not answer within {ANSWER_SECONDS:g} s"))
             elif member.loss is None:
                 poll = select.poll()
                 poll.register(member.line.fileno(), select.POLLIN)
@@ -282,7 +284,8 @@ class Hub:
         """Tell all ranks the exit status, and wait until they have it."""
         for member in self.reachable():
             self.send(member, End(status=status))
+        end = time.monotonic() + ANSWER_SECONDS
         for member in self.reachable():
-            self.ask(member, Ping(), Bye)
+            self._await(member, Bye, end)
         for member in self.reachable():
             member.line.close()

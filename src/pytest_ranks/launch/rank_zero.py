@@ -62,8 +62,9 @@ class RankZero(Collected):
             self._gather(session)
         except UnavailableError as error:
             self._lines.append(str(error))
-        if self._lines:
+        if self._lines and not session.shouldfail:
             session.shouldfail = f"the ranks of the world cannot start: see {TITLE!r}"
+        if session.shouldfail:  # also where this process was asked to end meanwhile
             raise session.Failed(session.shouldfail)
 
     def _gather(self, session: pytest.Session) -> None:
