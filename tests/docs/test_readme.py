@@ -62,3 +62,16 @@ def test_the_commands_of_the_readme_name_environments_that_exist():
     tox = (README.parent / "tox.ini").read_text()
     for name in re.findall(r"tox -e (\S+)", README.read_text()):
         assert f"[testenv:{name}]" in tox
+
+
+def test_the_readme_names_no_option_and_no_argument_of_the_mark_that_there_is_not():
+    import inspect
+
+    from pytest_ranks.launch.spec import ranks
+    from pytest_ranks.option_table import TABLE
+
+    text = README.read_text()
+    known = {row.option for row in TABLE if row.flag}
+    assert set(re.findall(r"--ranks-[a-z-]+", text)) <= known
+    (line,) = [line for line in text.splitlines() if line.startswith("| ... `timeout=`")]
+    assert set(re.findall(r"`(\w+)=`", line)) <= set(inspect.signature(ranks).parameters)
