@@ -374,9 +374,33 @@ def test_last(rank):
 """
 
 
+WIDE = """
+import os
+import pytest
+
+pytestmark = pytest.mark.ranks(2)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    yield
+    if os.environ["RANK"] == "1":
+        os._exit(3)
+
+
+def test_fails_before_a_wide_teardown_dies(wide, rank):
+    assert rank.index == 1
+
+
+def test_dies_in_a_wide_teardown(wide):
+    pass
+"""
+
+
 @pytest.fixture(scope="module")
 def session(run_session):
-    return run_session({"test_it.py": ENDINGS}, "-p", "no:randomly", "-p", "no:rerunfailures")
+    files = {"test_it.py": ENDINGS, "test_wide.py": WIDE}
+    return run_session(files, "-p", "no:randomly", "-p", "no:rerunfailures")
 
 
 CUT = r"rank 1 of 2 failed first \(rank 0 was cut off in all_reduce\): "
@@ -500,7 +524,7 @@ def test_it_is_no_failure(session, name, when, outcome):
 def test_nothing_else_failed(session):
     assert session.returncode == 1
     assert "INTERNALERROR" not in session.output
-    assert len({row.id for row in session.rows}) == ENDINGS.count("\ndef test_")
+    assert len({row.id for row in session.rows}) == (ENDINGS + WIDE).count("\ndef test_")
 
 
 def test_a_teardown_after_a_failure_is_an_error_of_its_own(session):
@@ -508,6 +532,16 @@ def test_a_teardown_after_a_failure_is_an_error_of_its_own(session):
     assert [row.when for row in rows] == ["call", "teardown"]
     assert "rank 1 then failed in teardown too: RuntimeError: in teardown" in rows[0].text
     assert rows[1].text.startswith("rank 1 of 2 failed first: RuntimeError: in teardown")
+
+
+def test_a_death_in_a_wide_teardown_is_an_error(session):
+    rows = [row for row in session.of("test_fails_before_a_wide_teardown_dies") if row.text]
+    assert [row.when for row in rows] == ["call", "teardown"]
+    assert rows[1].text.splitlines()[0] == (
+        "teardown of wider fixtures failed: rank 1: exited with code 3 without a report"
+    )
+    row = session.call("test_dies_in_a_wide_teardown")
+    assert row.text.startswith("rank 1 of 2 failed first: exited with code 3 without a report")
 
 
 def test_another_rank_in_another_phase_is_told_with_its_line(session):

@@ -228,7 +228,7 @@ def test_all_but_the_failing_ones_pass(session):
 def test_a_wide_teardown_that_hangs_after_an_uneven_test_is_its_error(session):
     text = session.of("test_leaves_its_kept_group_uneven")[-1].text
     assert re.search(
-        r"^teardown of wider fixtures failed: not over after 5 s: rank \d was in barrier, "
+        r"^teardown of wider fixtures failed: not over after 5 s: ranks 0 and 1 were in barrier, "
         r"called from model \(test_second.py:\d+\)",
         text,
     ), text

@@ -364,6 +364,39 @@ def test_{name}(rank):
     assert failure.text.startswith("rank 1 of 2 failed first: ")
 
 
+LATE = """
+import pytest
+
+@pytest.fixture(scope="module")
+def wide():
+    yield
+    raise ValueError("at the end")
+
+@pytest.mark.ranks(2)
+def test_a(wide):
+    pass
+
+def test_plain():
+    assert False
+
+@pytest.mark.ranks(2)
+def test_never_run(wide):
+    pass
+"""
+
+
+def test_a_teardown_after_all_reports_has_a_record_of_its_own(run_session, tmp_path):
+    path = tmp_path / "ranks.json"
+    session = run_session({"test_it.py": LATE}, "-x", "-p", "no:randomly", f"--ranks-report={path}")
+    assert session.returncode == 1, session.output
+    passed, late = json.loads(path.read_text())["items"]
+    assert (passed["verdict"], passed["when"], passed["attempt"]) == ("passed", "call", 1)
+    assert (late["verdict"], late["when"], late["attempt"]) == ("error", "teardown", 1)
+    assert (late["node_id"], late["ranks"]) == ("test_it.py::test_a", [])
+    assert late["headline"].startswith("ranks 0 and 1: "), late
+    assert "ValueError: at the end" in late["text"]
+
+
 def test_an_interrupted_session_has_a_document_too(start_session, tmp_path):
     path, begun = tmp_path / "ranks.json", tmp_path / "begun"
     process = start_session(

@@ -38,6 +38,8 @@ _REPORTERS = (
     "ranks-needs",
     "ranks-report",
     "ranks-verdict",
+    "ranks-report",
+    "ranks-junit",
 )
 # Options of rank 0 alone: they write files, or select tests by what only rank 0 has kept.
 _OPTIONS_OF_RANK_0: dict[str, object] = {

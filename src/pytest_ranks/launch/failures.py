@@ -224,20 +224,20 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
         late = [one for one in failures if one.kind == "unready"]
         return (
             f"the ranks were not ready after {START_SECONDS:g} s of importing, collecting and "
-            f"joining: {'; '.join(_join_places(late))}"
+            f"joining: {'; '.join(join_places(late))}"
         )
     if first.kind == "deadline":
         late = [one for one in failures if one.kind == "deadline"]
-        places = "; ".join(_join_places(late))
+        places = "; ".join(join_places(late))
         done = _others(failures, world_size)
         others = f"; {ranks_text(done)} had finished" if done else ""
         return f"timed out after {timeout:g} s: {places}{others}"
     if first.kind == "deadlock":
         left = [one for one in failures if one.kind == "deadlock"]
-        return f"deadlock: {'; '.join(_join_places(left))}"
+        return f"deadlock: {'; '.join(join_places(left))}"
     if first.kind == "abandoned":
         left = [one for one in failures if one.kind == "abandoned"]
-        waited = "; ".join(_join_places(left))
+        waited = "; ".join(join_places(left))
         return (
             f"{waited}, waiting for {ranks_text(_others(failures, world_size))} that had finished"
         )
@@ -260,7 +260,8 @@ def _others(failures: Sequence[Failure], world_size: int) -> list[int]:
     return sorted(set(range(world_size)) - {one.rank for one in failures})
 
 
-def _join_places(late: Sequence[Failure]) -> list[str]:
+def join_places(late: Sequence[Failure]) -> list[str]:
+    """Return where ranks were when their time was up, those at one place together."""
     by_place: dict[str, list[int]] = {}
     for one in late:
         by_place.setdefault(one.headline, []).append(one.rank)

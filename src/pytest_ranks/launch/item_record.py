@@ -58,8 +58,8 @@ def record_of(
     return asdict(record)
 
 
-def record_of_not_run(spec: RankSpec, report: pytest.TestReport) -> dict[str, Any]:
-    """Return the record of an item that no rank came to: it was skipped, or there were no ranks."""
+def record_without_ranks(spec: RankSpec, report: pytest.TestReport, verdict: str) -> dict[str, Any]:
+    """Return the record of what no rank reported: a skip before it, or a teardown long after it."""
     reason = report.longrepr
     text = str(reason[-1]) if isinstance(reason, tuple) else report.longreprtext
     record = ItemRecord(
@@ -68,7 +68,7 @@ def record_of_not_run(spec: RankSpec, report: pytest.TestReport) -> dict[str, An
         mesh=dict(spec.mesh),
         backend=spec.backend,
         fidelity=spec.fidelity,
-        verdict="not_run",
+        verdict=verdict,
         outcome=report.outcome,
         when=report.when,
         headline=shorten(text.splitlines()[0] if text else ""),

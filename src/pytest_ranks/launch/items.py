@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_ranks import _compat, marks, options
-from pytest_ranks.errors import RankFailure, UnavailableError
+from pytest_ranks.errors import RankFailure, RankTimeout, UnavailableError
 from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes
 from pytest_ranks.launch.devices import DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
-from pytest_ranks.launch.item_record import record_of, record_of_not_run
+from pytest_ranks.launch.item_record import record_of, record_without_ranks
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
 from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
@@ -250,6 +250,8 @@ class RankItems:
             longrepr="\n".join(errors),
             when="teardown",
         )
+        if self._has_report:
+            setattr(report, ATTRIBUTE, record_without_ranks(_spec_of(item), report, "error"))
         item.ihook.pytest_runtest_logreport(report=report)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -264,7 +266,7 @@ class RankItems:
             if call.when == "teardown":
                 del item.stash[OUTCOME_KEY]  # a rerun may be skipped before it comes to its ranks
         elif self._has_report and item.nodeid in self._index and not report.passed:
-            setattr(report, ATTRIBUTE, record_of_not_run(_spec_of(item), report))
+            setattr(report, ATTRIBUTE, record_without_ranks(_spec_of(item), report, "not_run"))
         return report
 
 
@@ -273,7 +275,10 @@ def _raise(item: pytest.Item, when: str) -> None:
     __tracebackhide__ = True
     found = item.stash[OUTCOME_KEY].of(when)
     if found.outcome == "failed":
-        raise RankFailure(found.text, rank=0, world_size=0)
+        decided = item.stash[OUTCOME_KEY]
+        kind = RankTimeout if decided.verdict == "timed_out" else RankFailure
+        root = decided.failures[0].rank if decided.failures else 0
+        raise kind(found.text, rank=root, world_size=len(decided.results))
     if found.outcome == "skipped":
         if found.was_xfail is not None:
             pytest.xfail(found.was_xfail)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_ranks import _compat
 from pytest_ranks.hardware.probes import probe
 from pytest_ranks.hardware.requirements import BACKEND_DEVICES
-from pytest_ranks.launch import deaths, failures
+from pytest_ranks.launch import deaths
 from pytest_ranks.launch.device_ranks import DeviceRanks
 from pytest_ranks.launch.devices import DeviceDesk
 from pytest_ranks.launch.explanation import explain
@@ -27,6 +27,7 @@ from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey, Pools
 from pytest_ranks.launch.start import start_zygote
 from pytest_ranks.launch.unawaited import is_uneven, unawaited
+from pytest_ranks.launch.wide_teardowns import errors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -320,25 +321,14 @@ class RankService:
 
     def _tear_down(self, pool: Pool) -> list[str]:
         """Run the teardowns of all live fixtures on a pool, bounded in time."""
-        runs, timed_out = pool.ranks.run(
+        runs, _ = pool.ranks.run(
             lambda _: TearDown(),
             is_last=lambda message: isinstance(message, Finished | Raised),
             is_failure=lambda message: isinstance(message, Raised),
             timeout=TEARDOWN_SECONDS,
             starts=False,
         )
-        errors = [
-            f"rank {run.rank}: {error}"
-            for run in runs
-            for message in run.messages
-            if isinstance(message, Finished)
-            for error in message.errors
-        ]
-        if timed_out:
-            late = [failures.of_unfinished(run, output="") for run in runs if not run.done]
-            places = "; ".join(f"rank {one.rank} {one.headline}" for one in late)
-            errors.append(f"not over after {TEARDOWN_SECONDS:g} s: {places}")
-        return errors
+        return errors_of(runs, seconds=TEARDOWN_SECONDS)
 
 
 def is_alone(spec: RankSpec) -> bool:

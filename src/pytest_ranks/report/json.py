@@ -80,7 +80,8 @@ class JsonReport:
         record: dict[str, Any] | None = getattr(report, ATTRIBUTE, None)
         if record is None:
             return
-        self._attempts[report.nodeid] += 1
+        if record["ranks"] or record["verdict"] == "not_run":  # else it is about an earlier one
+            self._attempts[report.nodeid] += 1
         attempt = self._attempts[report.nodeid]
         worker = getattr(report, "worker_id", None)
         self._items.append({**record, "attempt": attempt, "worker": worker})
