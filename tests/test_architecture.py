@@ -251,6 +251,18 @@ def lines_of_code(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - node.lineno + 1 - documented
 
 
+def test_ranks_over_many_machines_do_all_that_ranks_do() -> None:
+    """What they would inherit works on processes of this machine, of which they have none."""
+
+    def methods(module: str, name: str) -> set[str]:
+        tree = modules()[module].tree
+        body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name).body
+        return {one.name for one in body if isinstance(one, ast.FunctionDef) and one.name[0] != "_"}
+
+    missing = methods("launch.pool", "Ranks") - methods("launch.spread", "SpreadRanks")
+    assert not missing, f"launch.spread.SpreadRanks has to say what it does for {missing}"
+
+
 def test_loading_the_plugin_loads_nothing_heavy() -> None:
     heavy = []
     ways = {"plugin": "plugin", "fixtures": "plugin -> fixtures"}

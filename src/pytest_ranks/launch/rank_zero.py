@@ -12,6 +12,7 @@ import pytest
 
 from pytest_ranks import marks, options
 from pytest_ranks.errors import UnavailableError
+from pytest_ranks.hardware.requirements import BACKEND_DEVICES
 from pytest_ranks.launch import agreement
 from pytest_ranks.launch.attached import Collected
 from pytest_ranks.launch.folding import ranks_text
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.items import RankItems
     from pytest_ranks.launch.link import ZygoteLink
     from pytest_ranks.launch.outer_world import OuterWorld
+    from pytest_ranks.launch.spec import RankSpec
 
 TITLE = "ranks of the world"
 
@@ -115,11 +117,8 @@ class RankZero(Collected):
         if spec is None or self._hub is None:
             return
         self._hub.during = item.nodeid
-        if spec.processes > self.world.size:
-            reason = (
-                f"needs {spec.processes} ranks, the world that {self.world.launcher} started "
-                f"has {self.world.size}"
-            )
+        reason = self._unmet(spec)
+        if reason is not None:
             required = options.settings(self.config).require
             if any(entry.kind == "ranks" for entry in required):
                 pytest.fail(f"{reason}, and --ranks-require was given", pytrace=False)
@@ -129,6 +128,20 @@ class RankZero(Collected):
             self._hub.hear(member)
         if spec.processes > 1 + len(self._hub.reachable()):
             pytest.fail(self._hub.too_few(spec.processes), pytrace=False)
+
+    def _unmet(self, spec: RankSpec) -> str | None:
+        """Return why this world cannot run a test."""
+        if spec.backend in BACKEND_DEVICES:
+            return (
+                f"backend {spec.backend!r}: the ranks of a world that {self.world.launcher} "
+                "started are on gloo"
+            )
+        if spec.processes > self.world.size:
+            return (
+                f"needs {spec.processes} ranks, the world that {self.world.launcher} started "
+                f"has {self.world.size}"
+            )
+        return None
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.link import ZygoteLink
     from pytest_ranks.launch.outcome import ExpectedEnd
     from pytest_ranks.launch.pool import Peers
+    from pytest_ranks.launch.sight import Sight
 
 _LATE = ("deadline", "abandoned", "deadlock", "unready")
 
@@ -58,6 +59,14 @@ class SpreadRanks(Ranks):
     def native_threads(self) -> int:
         """Return how many threads our zygote had when its rank was forked."""
         return self._own.native_threads()
+
+    def are_fresh(self) -> bool:
+        """Return whether ours is a process of its own, and no fork of the zygote."""
+        return self._own.are_fresh()
+
+    def look(self) -> dict[int, Sight]:
+        """Return what our rank has issued."""
+        return self._own.look()
 
     def is_alive(self) -> bool:
         """Return whether all processes live, on all machines."""
