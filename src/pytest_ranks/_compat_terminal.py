@@ -1,4 +1,4 @@
-"""Private names of pytest around the terminal: its capture, its debugger, and what times both.
+"""Private names of pytest around the terminal: capture, debugger, what times both, and subtests.
 
 pytest 8.4 to 9.2. Each is probed; without one the debugger is less convenient, not wrong.
 """
@@ -99,6 +99,19 @@ def debug_failure(
         PdbInvoke().pytest_exception_interact(node=node, call=call, report=report)
     finally:
         manager.unregister(reporter)
+
+
+def count_failed_subtest(item: pytest.Item) -> None:
+    """Have pytest fail an item, if that passed, since it contains a failed subtest.
+
+    pytest 9 counts them where they run, `_pytest.subtests.failed_subtests_key`; pytest-subtests,
+    for pytest 8, leaves the item as it is.
+    """
+    with contextlib.suppress(ImportError, KeyError, AttributeError):
+        from _pytest.subtests import failed_subtests_key
+
+        key: Any = getattr(item, "id", item.nodeid)  # 9.2 has an id apart from the node id
+        item.config.stash[failed_subtests_key][key] += 1
 
 
 def lift_timeouts(config: pytest.Config) -> None:

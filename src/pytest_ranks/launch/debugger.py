@@ -81,12 +81,16 @@ class RankDebugger:
         self, node: pytest.Item, call: pytest.CallInfo[Any], report: pytest.TestReport
     ) -> None:
         """Show a failure in the debugger, if this rank gets the terminal, then let peers go."""
+        if not self.holds_peers:
+            return
+        is_subtest = hasattr(report, "context")  # the test goes on after it, with its peers
         try:
-            if self.holds_peers and self._has_terminal():
+            if self._has_terminal():
                 _compat_terminal.debug_failure(node, call, report, self._reporter)
         finally:
-            self._is_declined = True
-            self._release()
+            if not is_subtest:
+                self._is_declined = True
+                self._release()
 
     def _start(self, original: Callable[..., Any], method: str, *args: Any, **kwargs: Any) -> Any:
         """Stand in for what makes pytest's debugger."""

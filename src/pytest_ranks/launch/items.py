@@ -16,7 +16,7 @@ import pytest
 
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, RankTimeout, UnavailableError
-from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes
+from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes, subtests
 from pytest_ranks.launch.devices import DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.item_record import record_of, record_without_ranks
@@ -162,6 +162,7 @@ class RankItems:
                 self._service.recover()
             pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
         forward_warnings(self._config, done.runs)
+        subtests.note(item, done.runs)
         context = reports.Context(
             timeout=request.seconds,
             world_size=request.spec.world_size,
@@ -263,6 +264,8 @@ class RankItems:
         decided = item.stash.get(OUTCOME_KEY, None)
         if decided is not None:
             decided.place(report)
+            if call.when == "setup":
+                subtests.log(item)
             if call.when == "teardown":
                 del item.stash[OUTCOME_KEY]  # a rerun may be skipped before it comes to its ranks
         elif self._has_report and item.nodeid in self._index and not report.passed:

@@ -273,6 +273,13 @@ class Playing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Subtest:
+    """A subtest ended inside the call of an item; `report` as pytest serialises it."""
+
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AskTerminal:
     """The rank's debugger wants the terminal, or is done with it."""
 

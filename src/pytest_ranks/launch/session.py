@@ -18,7 +18,7 @@ from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.debugger import RankDebugger
 from pytest_ranks.launch.hygiene.watch import StateWatch
-from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
+from pytest_ranks.launch.messages import Finished, Phase, RunItem, Subtest, Warned
 from pytest_ranks.launch.output import flush_everything, write_by_lines
 from pytest_ranks.launch.scopes import Sibling
 from pytest_ranks.launch.zygote import Zygote
@@ -72,6 +72,8 @@ class RankSession:
         self._phases: list[Phase] = []
         self._warnings: list[Warned] = []
         self._fail: Callable[[object], None] | None = None
+        self._channel: Channel | None = None
+        self._is_in_call = False
         self._debugger = RankDebugger(self._config, chosen=options.settings(self._config).debug)
         self._request: RunItem | None = None
         self._sections: tuple[tuple[str, str], ...] = ()
@@ -119,6 +121,7 @@ class RankSession:
 
     def connect(self, channel: Channel, release: Callable[[], None]) -> None:
         """Have the way to the controller, and to let peers go after a failure."""
+        self._channel = channel
         self._debugger.connect(channel, release)
 
     @property
@@ -205,10 +208,15 @@ class RankSession:
         """Name the context of covered lines, as pytest-cov does."""
         coverage.enter(f"{item.nodeid}|setup")
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> None:
-        """Name the context of covered lines."""
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Name the context of covered lines; what is reported in here is a subtest."""
         coverage.enter(f"{item.nodeid}|run")
+        self._is_in_call = True
+        try:
+            return (yield)
+        finally:
+            self._is_in_call = False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
@@ -240,6 +248,8 @@ class RankSession:
         """Note each report; send one that did not pass at once."""
         at = time.monotonic()
         report = yield
+        if self._is_in_call:
+            return report
         error = call.excinfo.value if call.excinfo is not None else None
         phase = _phase(self._config, report, at, error)
         if phase.outcome != "passed" and self._fail is not None:
@@ -247,6 +257,14 @@ class RankSession:
         else:
             self._phases.append(phase)
         return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Tell of a subtest at once: it is over, whatever becomes of the rank."""
+        if self._is_in_call and self._channel is not None:
+            data = self._config.hook.pytest_report_to_serializable(
+                config=self._config, report=report
+            )
+            self._channel.send(Subtest(report=data))
 
     def pytest_warning_recorded(
         self,
