@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_ranks import _compat_terminal, options
-from pytest_ranks.launch.messages import AskTerminal, Raised, Terminal
+from pytest_ranks.launch.asides import AskTerminal, Terminal
+from pytest_ranks.launch.messages import Raised
 from pytest_ranks.launch.processes import send_signal
 from pytest_ranks.launch.wire import ChannelClosed
 

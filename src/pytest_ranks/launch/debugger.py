@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_ranks import _compat_terminal
-from pytest_ranks.launch.messages import AskTerminal, Terminal
+from pytest_ranks.launch.asides import AskTerminal, Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

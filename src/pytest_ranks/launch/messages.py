@@ -5,20 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_ranks.launch.asides import Measure
+
 # ---- to the zygote
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
-    """How ranks measure coverage.
-
-    Attributes:
-        config: coverage's configuration, as it serialises that.
-        contexts: whether each phase of a test is a dynamic context.
-    """
-
-    config: str
-    contexts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,13 +225,6 @@ class RunItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terminal:
-    """Whether the rank has the terminal now; with a yes descriptors to read and to write come along."""
-
-    is_yours: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TearDown:
     """Run the teardowns of all fixtures that are still alive on the rank."""
 
@@ -270,20 +252,6 @@ class Playing:
     """This process plays several ranks from now on: the thread of each, by rank."""
 
     threads: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subtest:
-    """A subtest ended inside the call of an item; `report` as pytest serialises it."""
-
-    report: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskTerminal:
-    """The rank's debugger wants the terminal, or is done with it."""
-
-    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,13 @@ import pytest
 
 from pytest_ranks import _compat, options
 from pytest_ranks.launch import coverage
+from pytest_ranks.launch.asides import Subtest
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.debugger import RankDebugger
 from pytest_ranks.launch.hygiene.watch import StateWatch
-from pytest_ranks.launch.messages import Finished, Phase, RunItem, Subtest, Warned
+from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
 from pytest_ranks.launch.output import flush_everything, write_by_lines
+from pytest_ranks.launch.quiet import make_quiet
 from pytest_ranks.launch.scopes import Sibling
 from pytest_ranks.launch.zygote import Zygote
 
@@ -31,34 +33,6 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.messages import Configure
     from pytest_ranks.launch.wire import Channel
     from pytest_ranks.launch.zygote import Ends
-
-# What reports, selects, times or debugs is the controller's; a rank only runs.
-_CONTROLLERS = (
-    "terminalreporter",
-    "terminalprogress-plugin",
-    "terminaldistreporter",
-    "lfplugin",
-    "nfplugin",
-    "stepwiseplugin",
-    "pastebin",
-    "junitxml",
-    "pdbinvoke",
-    "pdbtrace",
-    "timeout",
-    "pytest_cov",
-    "_cov",
-    "_cov_contexts",
-    "rerunfailures",
-    "html",
-    "xdist",
-    "xdist.looponfail",
-    "ranks-needs",
-    "ranks-verdict",
-    "ranks-report",
-    "ranks-junit",
-    "ranks-items",
-    "ranks-attached",
-)
 
 
 class RankSession:
@@ -78,7 +52,7 @@ class RankSession:
         self._request: RunItem | None = None
         self._sections: tuple[tuple[str, str], ...] = ()
         self._threads: ThreadItems | None = None
-        _make_quiet(self._config)
+        make_quiet(self._config)
         self._config.pluginmanager.register(self._debugger, "ranks-debugger")
         self._config.pluginmanager.register(self, "ranks-session")
 
@@ -348,20 +322,6 @@ class _Follower:
         if isinstance(collector, pytest.Session):
             collector.config.pluginmanager.unregister(self)
             self._serve(collector)
-
-
-def _make_quiet(config: pytest.Config) -> None:
-    manager = config.pluginmanager
-    # by name, and by the name of its module: some are registered as anonymous objects
-    for plugin in list(manager.get_plugins()):
-        module = getattr(plugin, "__module__", None) or getattr(plugin, "__name__", "")
-        is_report = type(plugin).__name__ in ("LogXML", "WorkerInteractor", "DSession")
-        if manager.get_name(plugin) in _CONTROLLERS or is_report or module == "pytest_timeout":
-            manager.unregister(plugin)
-    config.option.usepdb = False
-    config.option.setupshow = (
-        False  # the controller shows its setup; here is no terminal to write to
-    )
 
 
 def _teardown_errors(session: pytest.Session, item: pytest.Item | None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_ranks import _compat, _compat_terminal
-from pytest_ranks.launch.messages import Subtest
+from pytest_ranks.launch.asides import Subtest
 
 if TYPE_CHECKING:
     from pytest_ranks.launch.rank_run import RankRun

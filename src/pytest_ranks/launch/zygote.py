@@ -45,7 +45,7 @@ from pytest_ranks.launch.wire import Channel, ChannelClosed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_ranks.launch.messages import Measure
+    from pytest_ranks.launch.asides import Measure
 
 GUARDIAN_SECONDS = 2.0  # what a zygote has to see for itself that its controller is gone
 
