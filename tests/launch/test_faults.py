@@ -7,13 +7,14 @@ import pytest
 pytest.importorskip("torch")
 
 SOURCE = """
-import os, signal, socket, time
+import os, signal, socket, sys, time
 from datetime import timedelta
 import pytest, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pytest_ranks import BadInputError, RankFailure, inject_faults, step
+from pytest_ranks.launch.traffic_control import has_own_network
 
 
 def reduce_one():
@@ -189,6 +190,17 @@ def test_a_handler_of_the_signal_runs(rank, faults):
     assert got == ([signal.SIGTERM] if rank.index == 0 else [])
 
 
+@pytest.mark.ranks(2)
+def test_a_handler_that_exits_raises_in_the_test(rank, faults):
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    faults.kill(rank=1, sig="SIGTERM", at="barrier#1")
+    if rank.index == 1:
+        with pytest.raises(SystemExit):
+            dist.barrier()
+    dist.barrier()
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.ranks(2, expect_deaths={1: "SIGKILL"})
 def test_at_once(rank, faults):
     faults.kill(rank=1)
@@ -226,6 +238,19 @@ def test_slow_network(rank, faults):
     for work in works:
         work.wait()
     assert time.monotonic() - begin >= 0.24  # one after the other
+
+
+@pytest.mark.ranks(2)
+def test_the_network_of_the_machine_is_left_alone(rank, faults):
+    if has_own_network():
+        pytest.skip("needs to run in the network of the machine")
+    with pytest.raises(BadInputError) as caught:
+        faults.slow_network(bandwidth=1e6, interface="none")
+    assert str(caught.value) == (
+        "faults.slow_network(interface='none'): found ranks in the network of this machine, "
+        "expected a network namespace of their own: an interface is slow for all who use it. "
+        "Without interface= only the collectives of this test are."
+    )
 
 
 @pytest.mark.ranks(2)
@@ -324,6 +349,16 @@ def test_pids_after(rank, record_property):
     record_property("pids", rank.gather(os.getpid()))
 
 
+@pytest.mark.ranks(2, fidelity="threads")
+def test_ranks_without_a_process(rank):
+    with pytest.raises(BadInputError) as caught, inject_faults():
+        pass
+    assert str(caught.value) == (
+        "faults: found ranks of fidelity 'threads', expected ranks with a process each: faults hit "
+        "processes."
+    )
+
+
 def killed_in_a_function():
     with inject_faults() as faults:
         faults.kill(rank=1, at="all_reduce#1")
@@ -406,6 +441,11 @@ def test_own_failure_says_more(rank, faults):
 
 def test_no_mark(faults):
     pass
+
+
+@pytest.mark.ranks(2, fidelity="threads")
+def test_no_processes(rank, faults):
+    pass
 """
 
 
@@ -420,7 +460,7 @@ def failing(run_session):
 
 
 def test_every_fault_strikes_where_it_should(session):
-    bad = [(row.id, row.when, row.text) for row in session.rows if row.outcome != "passed"]
+    bad = [(row.id, row.when, row.text) for row in session.rows if row.outcome == "failed"]
     assert not bad, session.output
     assert session.returncode == 0
 
@@ -474,6 +514,11 @@ def test_ranks_that_saw_a_fault_serve_no_other_test(session):
         (
             "test_no_mark",
             "the fixture 'faults' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
+        ),
+        (
+            "test_no_processes",
+            "mark ranks(fidelity='threads'): the fixture 'faults' needs a process a rank, expected "
+            "fidelity 'gloo' or above.",
         ),
     ],
 )

@@ -7,6 +7,7 @@ to strike inside a collective waits until the others of its group are in there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -21,6 +22,7 @@ from pytest_ranks.launch import triggers
 from pytest_ranks.launch.injector import Injector
 from pytest_ranks.launch.rank import current_rank
 from pytest_ranks.launch.slow_link import SlowLink
+from pytest_ranks.launch.traffic_control import ShapedInterface
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -166,6 +168,7 @@ class Faults:
         *,
         bandwidth: float | None = None,
         latency: float = 0.0,
+        interface: str | None = None,
         at: str | AtStep | None = None,
         after: float | None = None,
     ) -> None:
@@ -176,11 +179,14 @@ class Faults:
         Args:
             bandwidth: bytes a second; None: as fast as it is.
             latency: seconds for each message.
+            interface: of the cable between nodes that are network namespaces: the kernel's
+                traffic control then slows that, and all that goes over it, in place of the model.
             at: "all_reduce#3", "#5" or `step(2)`, on each rank: from there on; None: at once.
             after: seconds from now, in place of `at`.
 
         Raises:
             BadInputError: an argument cannot be used.
+            UnavailableError: there is no traffic control here.
         """
         delay = triggers.check_seconds("faults.slow_network", "latency", latency)
         if bandwidth is None and delay == 0:
@@ -192,12 +198,17 @@ class Faults:
             raise BadInputError(
                 f"faults.slow_network(bandwidth={bandwidth!r}): expected bytes a second, above 0."
             )
-        link = SlowLink(bandwidth=bandwidth or math.inf, latency=delay)
-        shown = {"bandwidth": bandwidth, "latency": latency}
+        shown = {"bandwidth": bandwidth, "latency": latency, "interface": interface}
         given = {name: value for name, value in shown.items() if value}
-        self._injector.arm(
-            "slow_network", given, lambda: self._injector.slow(link), at=at, after=after
-        )
+        if interface is None:
+            link = SlowLink(bandwidth=bandwidth or math.inf, latency=delay)
+            strike = functools.partial(self._injector.slow, link)
+        else:
+            cable = ShapedInterface(interface)
+            strike = functools.partial(
+                self._injector.shape, cable, bandwidth=bandwidth, latency=delay
+            )
+        self._injector.arm("slow_network", given, strike, at=at, after=after)
 
 
 @contextlib.contextmanager

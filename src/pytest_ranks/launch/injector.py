@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.rank import RankContext
     from pytest_ranks.launch.slow_link import SlowLink
+    from pytest_ranks.launch.traffic_control import ShapedInterface
 
 # A peer that waits elsewhere never comes: then the fault strikes without it.
 PEERS_SECONDS = 10.0
@@ -174,6 +175,16 @@ class Injector:
     def slow(self, link: SlowLink) -> None:
         """Have collectives go over a slower link from now on."""
         self._links.append(link)
+
+    def shape(self, cable: ShapedInterface, *, bandwidth: float | None, latency: float) -> None:
+        """Have an interface of this node send slowly, until the test is over; once for a node.
+
+        Raises:
+            UnavailableError: the kernel refuses.
+        """
+        if self._context.local_rank == 0:
+            cable.shape(bandwidth=bandwidth, latency=latency)
+            self._undo.callback(cable.restore)
 
     def lose_store(self) -> None:
         """Wait until the stores of this run are gone, which the controller takes away."""
