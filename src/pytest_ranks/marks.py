@@ -129,13 +129,16 @@ MARKS = (
         name="ranks",
         # Written out, so that a session without such a mark imports nothing of the engine.
         signature="(world_size=None, /, *, dp=None, tp=None, pp=None, cp=None, ep=None, "
-        "timeout=None, backend=None, isolate=False, fidelity=None, lowest_fidelity=None, as_rank=None, "
+        "timeout=None, backend=None, isolate=False, init=True, keep_group=False, fidelity=None, "
+        "lowest_fidelity=None, as_rank=None, "
         "expect_deaths=None)",
         text="run the test on this many rank processes. world_size: a number, or several for one "
         "test item each; dp, tp, pp, cp, ep: sizes of a device mesh, in this order as written; a "
         "size may be the name of a parametrized argument of the test; timeout: "
         "seconds once the ranks are ready; backend: of the process group; isolate: fresh "
-        "processes for this test alone; fidelity: how real the ranks are, or several for one test "
+        "processes for this test alone; init: whether the process group is initialised before the "
+        "test; keep_group: keep it for the next test under the same mark where it is proven clean; "
+        "fidelity: how real the ranks are, or several for one test "
         "item each; lowest_fidelity: the lowest that the test is valid on; expect_deaths: rank -> "
         "signal or exit code that has to end its process.",
         needs=None,

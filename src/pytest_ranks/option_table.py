@@ -20,6 +20,10 @@ TIMEOUT_SECONDS = 60.0
 JOIN_SECONDS = 300.0
 
 
+# What tests leak into a process stays bounded; new ranks cost a few hundredths of a second.
+MAX_USES = 500
+
+
 # A dataclass would cost every pytest session half a millisecond more.
 class Option(NamedTuple):
     """One row of the table.
@@ -173,6 +177,30 @@ TABLE = (
         expected="a whole number of at least 1",
         example="64",
         shown="64",
+    ),
+    Option(
+        name="max_uses",
+        help="Most tests that one pool of ranks runs before new ranks take its place",
+        default=MAX_USES,
+        metavar="TESTS",
+        ini="int",
+        env=True,
+        parse=_parse_count,
+        expected="a whole number of at least 1",
+        example="500",
+        shown="500",
+    ),
+    Option(
+        name="reuse_after_failure",
+        help="Whether ranks on which a test failed serve the next one, in a fresh process group",
+        default=False,
+        metavar="BOOL",
+        ini="bool",
+        env=True,
+        parse=_parse_switch,
+        expected="true or false",
+        example="true",
+        shown="false",
     ),
     Option(
         name="fidelity",

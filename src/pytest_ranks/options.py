@@ -31,6 +31,8 @@ class Settings:
         timeout: seconds that a test on ranks may take once its ranks are ready.
         require: kinds of need whose tests have to run.
         max_world_size: the most ranks that one test may ask for.
+        max_uses: the most tests that one pool of ranks runs.
+        reuse_after_failure: whether ranks on which a test failed serve the next one.
         fidelity: how real the ranks are, for tests whose mark allows it.
         report: file for what each test did on its ranks, as JSON.
         debug: the rank that gets the terminal for a debugger, None where none was chosen.
@@ -49,6 +51,8 @@ class Settings:
     require: tuple[Required, ...]
     max_world_size: int
     debug: int | None
+    max_uses: int
+    reuse_after_failure: bool
     fidelity: str | None
     report: str | None
     strict_hygiene: bool

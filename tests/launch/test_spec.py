@@ -37,6 +37,8 @@ def test_the_signature_that_users_read_is_the_functions_own():
             "timeout",
             "backend",
             "isolate",
+            "init",
+            "keep_group",
             "fidelity",
             "lowest_fidelity",
             "as_rank",
@@ -108,7 +110,7 @@ def test_the_signature_that_users_read_is_the_functions_own():
             (2,),
             {"timout": 3},
             "ranks(timout=...): unknown argument 'timout', expected one of 'dp', 'tp', 'pp', "
-            "'cp', 'ep', 'timeout', 'backend', 'isolate', 'fidelity', 'lowest_fidelity', "
+            "'cp', 'ep', 'timeout', 'backend', 'isolate', 'init', 'keep_group', 'fidelity', 'lowest_fidelity', "
             "'as_rank', "
             "'expect_deaths'. Did you mean 'timeout'?",
         ),

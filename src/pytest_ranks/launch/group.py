@@ -8,7 +8,6 @@ import functools
 import gc
 import logging
 import os
-import random
 import socket
 import stat
 import sys
@@ -16,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
+from pytest_ranks.launch.kept import GroupState, KeptGroups
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 # Cuts each reverse look-up of a store connection from 5 seconds to 1 where the resolver is silent.
 RESOLVER_OPTIONS = "timeout:1 attempts:1"
-SEED = 0
 
 RANK_VARIABLES = (
     "RANK",
@@ -124,35 +123,6 @@ def _rank_variables(world: World) -> dict[str, str]:
     return variables
 
 
-def seed_everything() -> None:
-    """Seed Python's, numpy's and torch's generators, those that are loaded."""
-    random.seed(SEED)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(SEED)
-    if (torch := sys.modules.get("torch")) is None:
-        return
-    if _has_accelerator():
-        torch.manual_seed(SEED)
-    else:
-        # the whole of it formats the stack for each kind of device that is not there: 0.5 ms
-        torch.default_generator.manual_seed(SEED)
-
-
-def _has_accelerator() -> bool:
-    """Return whether torch was built for a kind of device, and has one here."""
-    import torch
-
-    found = torch.accelerator.current_accelerator()
-    return found is not None and (found.type != "cuda" or _has_cuda())
-
-
-@functools.cache
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 # The group that was initialised for the current run, until the test makes its own.
 _ours: list[ProcessGroup] = []
 # Where a plain `init_process_group()` of the current run meets, and in which process.
@@ -239,9 +209,10 @@ class ProcessGroup:
     def __init__(self) -> None:
         self._store: TCPStore | None = None
         self._before: set[int] = set()
-        self._mesh: DeviceMesh | None = None
+        self._mesh: tuple[object, DeviceMesh] | None = None
         self._kept = False
         self._initialised = 0
+        self.kept = KeptGroups()
 
     def watch(self) -> None:
         """Note which sockets are open before the next run, so that none of them is ever cut."""
@@ -254,7 +225,7 @@ class ProcessGroup:
         _meeting.clear()
         if world.rendezvous is not None and world.rank_variables:
             _meeting.append((self, world.rendezvous, os.getpid()))
-        if not (self._kept and world.keep_group):
+        if world.fresh_group or not (self._kept and world.keep_group):
             self.drop()
 
     def join(self, world: World) -> None:
@@ -333,20 +304,24 @@ class ProcessGroup:
         """Return the mesh of the run, made at the first call on all ranks."""
         if not world.mesh:
             return None
-        if self._mesh is None:
+        if self._mesh is None or self._mesh[0] != world.mesh:
             from torch.distributed.device_mesh import init_device_mesh
 
             names, sizes = zip(*world.mesh, strict=True)
             kind = world.device_name.partition(":")[0]
-            self._mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
-        return self._mesh
+            self._mesh = world.mesh, init_device_mesh(kind, sizes, mesh_dim_names=names)
+        return self._mesh[1]
 
     def sequence(self) -> int | None:
-        """Return how many collectives the group has issued, None where torch does not tell."""
+        """Return how many operations the group has issued, None where torch does not tell."""
         import torch.distributed as dist
 
         group = dist.group.WORLD if dist.is_initialized() else None
         return None if group is None else _compat.sequence_number(group)
+
+    def state(self) -> GroupState | None:
+        """Return what was done on the kept groups, None where the test destroyed them."""
+        return self.kept.state()
 
     def drop(self) -> None:
         """Leave the default group and all others without waiting for gloo's threads.
@@ -356,6 +331,7 @@ class ProcessGroup:
         """
         self._kept = False
         self._mesh = None
+        self.kept.forget()
         _ours.clear()
         dist = sys.modules.get("torch.distributed")
         if dist is None or not dist.is_available() or not dist.is_initialized():

@@ -8,6 +8,7 @@ Its setup runs all of it on the ranks, setup, call and teardown; a wrapper aroun
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from typing import TYPE_CHECKING
@@ -22,7 +23,8 @@ from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.item_record import record_of, record_without_ranks
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
-from pytest_ranks.launch.service import ItemRequest, RankService, is_alone
+from pytest_ranks.launch.requests import ItemRequest, is_alone
+from pytest_ranks.launch.service import RankService
 from pytest_ranks.launch.start import harvest_of
 from pytest_ranks.launch.warned import forward_warnings, warn
 from pytest_ranks.report.records import ATTRIBUTE
@@ -180,6 +182,7 @@ class RankItems:
         is_dirty = leftovers.is_dirty(done.runs) or unfold.is_spent(item, request.spec)
         is_clean = decided.is_clean and not is_dirty
         errors = self._service.settle(request, done, is_clean=is_clean)
+        decided.sections.extend(done.remarks)
         if errors:
             decided.fail_teardown(item, errors)
         if debug.has_quit(done.runs):
@@ -209,7 +212,15 @@ class RankItems:
             seconds=self._seconds(item, spec),
             following=following,
             hold=hold,
+            is_last=self._is_last_of(item, key),
         )
+
+    def _is_last_of(self, item: pytest.Item, key: PoolKey) -> bool:
+        """Return whether no later item needs ranks of this shape, as far as that is known."""
+        if hasattr(self._config, "workerinput"):
+            return self._next is None
+        start = self._index[item.nodeid] + 1
+        return all(other != key for _, other in itertools.islice(self._order, start, None))
 
     def _key_of(self, item: pytest.Item) -> PoolKey:
         return self._order[self._index[item.nodeid]][1]

@@ -36,13 +36,14 @@ from pytest_ranks.launch.processes import (
 )
 from pytest_ranks.launch.startline import StartLine
 from pytest_ranks.launch.stores import STORE_SECONDS, Stores
-from pytest_ranks.launch.wire import Channel, ChannelClosed, channel_pair
+from pytest_ranks.launch.wire import Channel, ChannelClosed, channel_pair, is_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 END_SECONDS = 2.0
 STACKS_SECONDS = 0.5
+STATUS_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -262,6 +263,13 @@ class ZygoteLink:
                 handle.fresh = message.fresh
             elif isinstance(message, Exited) and handle is not None:
                 handle.status = message.status
+
+    def await_status(self, handle: RankHandle) -> None:
+        """Wait shortly for the zygote's word on how a process ended."""
+        until = time.monotonic() + STATUS_SECONDS
+        while handle.status is None and time.monotonic() < until:
+            is_readable(self.channel.fileno(), 0.05)
+            self.pump()
 
     def open_store(self) -> int:
         """Return the port of a new store.

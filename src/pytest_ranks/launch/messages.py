@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.launch.asides import Measure
+
+if TYPE_CHECKING:
+    from pytest_ranks.launch.kept import GroupState
 
 # ---- to the zygote
 
@@ -163,6 +166,7 @@ class World:
     init: bool = True
     rank_variables: bool = True
     keep_group: bool = False
+    fresh_group: bool = False
     rendezvous: Rendezvous | None = None
     environment: dict[str, str] | None = None
     shared_tmp_path: str | None = None
@@ -361,6 +365,7 @@ class Finished:
         warnings: what was recorded.
         missing: why the item was not found, None where it was.
         sequence: how many operations the default group has issued, None where there is no group.
+        group: what was done on the kept groups, None where none was kept.
         errors: what failed outside of a phase.
         sections: what was captured of several ranks together, with titles.
         leaks: what the test left behind.
@@ -370,6 +375,7 @@ class Finished:
     warnings: tuple[Warned, ...] = ()
     missing: str | None = None
     sequence: int | None = None
+    group: GroupState | None = None
     errors: tuple[str, ...] = ()
     sections: tuple[tuple[str, str], ...] = ()
     leaks: tuple[Leak, ...] = ()

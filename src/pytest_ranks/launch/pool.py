@@ -14,7 +14,7 @@ from pytest_ranks.launch.failures import START_SECONDS
 from pytest_ranks.launch.memory import own_group
 from pytest_ranks.launch.messages import Injected, Leave, Playing, Ready
 from pytest_ranks.launch.probe import Probe
-from pytest_ranks.launch.processes import read_tail
+from pytest_ranks.launch.processes import describe_end, read_tail
 from pytest_ranks.launch.rank_run import RankRun
 from pytest_ranks.launch.sight import Observer
 from pytest_ranks.launch.wire import ChannelClosed
@@ -77,6 +77,13 @@ class Ranks:
         except UnavailableError:
             return False
         return not any(handle.ended() for handle in self._handles)
+
+    def ends(self) -> list[str]:
+        """Return how those processes ended that have."""
+        ended = [handle for handle in self._handles if handle.ended()]
+        for handle in ended:
+            self._link.await_status(handle)
+        return [f"rank {handle.rank} {describe_end(handle.status)}" for handle in ended]
 
     def run(
         self,
@@ -355,12 +362,7 @@ class _Watch:
 
     def _bury(self, handle: RankHandle, run: RankRun) -> None:
         run.crashed, run.at = True, time.monotonic()
-        until = run.at + STATUS_SECONDS
-        while handle.status is None and time.monotonic() < until:
-            poll = select.poll()
-            poll.register(self._link.channel.fileno(), select.POLLIN)
-            poll.poll(50)
-            self._link.pump()
+        self._link.await_status(handle)
         run.status = handle.status
         run.stacks = read_tail(handle.stacks, 1 << 18)
         self._read_output(handle, run)

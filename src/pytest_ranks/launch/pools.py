@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks.launch.link import ZygoteLink
 from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.scopes import KEPT_GROUP
 
 if TYPE_CHECKING:
     from pytest_ranks.launch.devices import DeviceSet
 
 # Idle ranks cost 6 to 25 MiB each; twice the ranks of the widest test by default.
 MOST_IDLE_RANKS = 128
-MOST_USES = 500  # what tests leak into a process stays bounded
 LEAVE_SECONDS = 2.0
 
 
@@ -37,15 +37,30 @@ class PoolKey:
     scope: str | None = None
     fidelity: str = "gloo"
 
+    @property
+    def has_fixtures(self) -> bool:
+        """Whether fixtures live on the ranks between tests."""
+        return self.scope is not None and not self.scope.startswith(KEPT_GROUP)
+
 
 @dataclass(slots=True)
 class Pool:
-    """Ranks with the store that they keep their connections to."""
+    """Ranks with the store that they keep their connections to.
+
+    Attributes:
+        ranks: the processes.
+        home_port: of the store.
+        last_node_id: of the item that ran there last.
+        group_is_clean: whether the next test may use the process group, where it is kept.
+        replaces: what became of the ranks that were to serve in the place of these.
+    """
 
     ranks: Ranks
     home_port: int
     last_node_id: str = ""
     devices: DeviceSet | None = None
+    group_is_clean: bool = True
+    replaces: str = ""
 
 
 MakeRanks = Callable[[ZygoteLink, int], Ranks]
@@ -57,9 +72,11 @@ class Pools:
     Args:
         link: to the zygote.
         make_ranks: forks ranks, so many.
+        max_uses: runs after which ranks are replaced.
     """
 
-    def __init__(self, link: ZygoteLink, make_ranks: MakeRanks = Ranks) -> None:
+    def __init__(self, link: ZygoteLink, make_ranks: MakeRanks = Ranks, *, max_uses: int) -> None:
+        self._max_uses = max_uses
         self._link = link
         self._make_ranks = make_ranks
         self._idle: dict[PoolKey, Pool] = {}  # oldest first
@@ -74,22 +91,41 @@ class Pools:
         """Return ranks of this shape, warm ones if there are any."""
         self._sweep()
         pool = None if fresh else self._idle.pop(key, None)
+        replaces = ""
         if pool is not None and not pool.ranks.is_alive():
+            ends = ", ".join(pool.ranks.ends())
+            replaces = f"the ranks that last ran {pool.last_node_id} ended while idle: {ends}"
             self._end(pool)
             pool = None
         if pool is None:
-            pool = Pool(
-                ranks=self._make_ranks(self._link, key.world_size),
-                home_port=self._link.open_store(),
-            )
+            pool = self._start(key)
+            pool.replaces = replaces
         return pool
+
+    def replace(self, key: PoolKey) -> None:
+        """Start ranks of this shape, which are ready when the next test asks for them."""
+        if key not in self._idle:
+            self._idle[key] = self._start(key)
+            self._trim()
+
+    def is_worn(self, pool: Pool) -> bool:
+        """Return whether ranks have served as often as they may."""
+        return pool.ranks.runs >= self._max_uses
 
     def give_back(self, key: PoolKey, pool: Pool) -> None:
         """Keep ranks for the next test of this shape."""
-        if pool.ranks.runs >= MOST_USES or key in self._idle:
+        if self.is_worn(pool) or key in self._idle:
             self.retire(pool)
             return
         self._idle[key] = pool
+        self._trim()
+
+    def _start(self, key: PoolKey) -> Pool:
+        ranks = self._make_ranks(self._link, key.world_size)
+        return Pool(ranks=ranks, home_port=self._link.open_store())
+
+    def _trim(self) -> None:
+        """Retire the pools that waited longest, so that the idle ranks stay within their number."""
         while sum(one.world_size for one in self._idle) > MOST_IDLE_RANKS and len(self._idle) > 1:
             self.retire(self._idle.pop(next(iter(self._idle))))
 

@@ -24,7 +24,6 @@ from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.group import (
     ProcessGroup,
     export_rank_variables,
-    seed_everything,
 )
 from pytest_ranks.launch.messages import (
     Finished,
@@ -39,6 +38,7 @@ from pytest_ranks.launch.messages import (
     World,
 )
 from pytest_ranks.launch.processes import STACKS_SIGNAL
+from pytest_ranks.launch.seeding import seed_everything
 from pytest_ranks.launch.startline import StartLine
 from pytest_ranks.launch.target import load
 from pytest_ranks.launch.wire import Channel, ChannelClosed
@@ -279,6 +279,8 @@ class Rank:
         if self._held:
             self._release()
         finished = replace(finished, sequence=self._group.sequence())
+        if request.world.keep_group:
+            finished = replace(finished, group=self._group.state())
         coverage.save()
         # The group stays until the next run: a peer may still be in its last collective.
         self._channel.send(finished)
@@ -301,6 +303,8 @@ class Rank:
         _current[:] = [context_of(world, self._group, tell=self._channel.send)]
         if world.mesh:
             self._group.mesh(world)
+        if world.keep_group:
+            self._group.kept.begin()
         if world.place is not None:
             self._group.meet(world)
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import pytest
 
+KEPT_GROUP = "process group of "  # how the name of a scope begins that keeps nothing else
+
 _NODES = {"class": "Class", "module": "Module", "package": "Package"}
 
 
@@ -31,7 +33,8 @@ def shared_scopes(items: Sequence[pytest.Item]) -> dict[str, str | None]:
             name = leaders[name]
         return name
 
-    used = {item.nodeid: [*_wide_fixtures(item)] for item in items}
+    # A group comes last, so that what has both is named after a fixture.
+    used = {item.nodeid: [*_wide_fixtures(item), *_kept_groups(item)] for item in items}
     for names in used.values():
         for name in names:
             leaders.setdefault(name, name)
@@ -53,6 +56,15 @@ def _wide_fixtures(item: pytest.Item) -> Iterable[str]:
         if is_wide and _is_users(definition):
             where = _node_of(item, definition.scope)
             yield f"{definition.scope} fixture {definition.argname} of {where or 'the session'}"
+
+
+def _kept_groups(item: pytest.Item) -> Iterable[str]:
+    """Yield the name of the group that the item's mark has it share, and with whom."""
+    for node, mark in item.iter_markers_with_node("ranks"):
+        if mark.kwargs.get("keep_group") is True:
+            own = item.nodeid.partition("[")[0]  # the items of one function share theirs
+            yield f"{KEPT_GROUP}{own if node is item else node.nodeid}"
+        return
 
 
 def _is_users(definition: pytest.FixtureDef[object]) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pytest_ranks import _compat
+from pytest_ranks.errors import UnavailableError
 from pytest_ranks.hardware.probes import probe
 from pytest_ranks.hardware.requirements import BACKEND_DEVICES
-from pytest_ranks.launch import deaths
+from pytest_ranks.launch import deaths, kept
 from pytest_ranks.launch.device_ranks import DeviceRanks
 from pytest_ranks.launch.devices import DeviceDesk
 from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.fidelity import unfold
+from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.messages import (
     Finished,
     Injected,
@@ -21,13 +24,14 @@ from pytest_ranks.launch.messages import (
     Rendezvous,
     RunItem,
     TearDown,
-    World,
 )
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey, Pools
+from pytest_ranks.launch.requests import ItemRequest, is_alone, world_of
 from pytest_ranks.launch.start import start_zygote
 from pytest_ranks.launch.unawaited import is_uneven, unawaited
 from pytest_ranks.launch.wide_teardowns import errors_of
+from pytest_ranks.options import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,27 +49,6 @@ TEARDOWN_SECONDS = 5.0
 MOST_STARTS = 3  # a zygote that ends again and again is not started for ever
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ItemRequest:
-    """One item to be run on ranks.
-
-    Attributes:
-        node_id: of the item.
-        spec: the ranks that it asks for.
-        key: the shape of its pool.
-        seconds: its deadline, counted from the moment its ranks are ready.
-        following: what its pool runs next, None where that is nothing or not known.
-        hold: keep wide fixtures, since what the pool runs next is not known.
-    """
-
-    node_id: str
-    spec: RankSpec
-    key: PoolKey
-    seconds: float
-    following: str | None = None
-    hold: bool = False
-
-
 @dataclass(slots=True, kw_only=True)
 class ItemRun:
     """What the ranks made of an item.
@@ -76,6 +59,7 @@ class ItemRun:
         notes: on how the ranks were started, where that may matter to a death.
         explanations: what was found out about a failure.
         unawaited: who left a collective behind, where all are done; nothing where nobody did.
+        remarks: title and text of what the reader of the report should know about the ranks.
     """
 
     pool: Pool
@@ -83,6 +67,7 @@ class ItemRun:
     notes: list[str] = field(default_factory=list)
     explanations: list[str] = field(default_factory=list)
     unawaited: str = ""
+    remarks: list[tuple[str, str]] = field(default_factory=list)
 
 
 class RankService:
@@ -109,6 +94,7 @@ class RankService:
         self._pools: Pools | None = None
         self._files: tuple[str, ...] = ()
         self._starts = 0
+        self._settings = settings(session.config)
 
     # ---- life
 
@@ -118,7 +104,7 @@ class RankService:
             return
         self._starts += 1
         self._link = start_zygote(self._session, fresh=self._starts > 1)
-        self._pools = Pools(self._link, self._make_ranks)
+        self._pools = Pools(self._link, self._make_ranks, max_uses=self._settings.max_uses)
 
     @property
     def link(self) -> ZygoteLink:
@@ -212,21 +198,9 @@ class RankService:
         port = self._link.open_store()
         seconds = self._link.attendant.lift(request.seconds + BEHIND_DEADLINE)
         rendezvous = Rendezvous(run=number, port=port, home_port=pool.home_port, seconds=seconds)
-        spec = request.spec
 
         def message(rank: int) -> RunItem:
-            world = World(
-                rank=rank + spec.as_rank,
-                world_size=spec.world_size,
-                backend=spec.backend,
-                mesh=spec.mesh,
-                fidelity=spec.fidelity,
-                keep_group=request.key.scope is not None and not is_alone(spec),
-                rendezvous=rendezvous,
-                shared_tmp_path=str(shared),
-                environment=None if pool.devices is None else pool.devices.variables(rank),
-                device="" if pool.devices is None else pool.devices.torch_name(rank),
-            )
+            world = world_of(request, pool, rank, rendezvous, shared)
             return RunItem(
                 world=world,
                 node_id=request.node_id,
@@ -241,7 +215,7 @@ class RankService:
                 is_last=is_last,
                 is_failure=is_failure,
                 timeout=request.seconds,
-                expected_ends=deaths.expected_ends(spec),
+                expected_ends=deaths.expected_ends(request.spec),
                 on_injected=lambda fault: self._lose_stores(fault, (port, pool.home_port)),
             )
         except BaseException:
@@ -250,7 +224,7 @@ class RankService:
             raise
         is_used = any(not isinstance(said, Finished) for run in runs for said in run.messages)
         self._link.close_store(port, is_used=is_used)
-        return self._item_run(pool, runs, spec)
+        return self._item_run(pool, runs, request.spec)
 
     def _lose_stores(self, fault: Injected, ports: tuple[int, ...]) -> None:
         """Take stores away from ranks whose test asked for that."""
@@ -265,26 +239,54 @@ class RankService:
         pool, key = done.pool, request.key
         if not all(run.done for run in done.runs):
             self._pools.kill(pool)
+            self._replace(request, is_needed=not is_alone(request.spec))
             return []
-        messages = [message for run in done.runs for message in run.messages]
-        sequences = {one.sequence for one in messages if isinstance(one, Finished)}
-        is_cut = any(isinstance(message, Phase) for message in messages)
-        is_injected = any(isinstance(message, Injected) for message in messages)
-        is_kept_clean = key.scope is None or (len(sequences) == 1 and not is_cut)
-        if is_clean and not is_injected and is_kept_clean and not is_alone(request.spec):
+        reason = self._why_unclean(key, done)
+        may_serve = (is_clean and not (reason and key.has_fixtures)) or (
+            self._settings.reuse_after_failure and not key.has_fixtures
+        )
+        is_injected = any(isinstance(said, Injected) for run in done.runs for said in run.messages)
+        if may_serve and not is_injected and not is_alone(request.spec):
+            pool.group_is_clean = reason is None and is_clean
+            if reason is not None and is_clean:
+                text = f"not proven clean, so the next test gets a fresh one: {reason}"
+                done.remarks.append(("Kept process group", text))
+            is_worn = self._pools.is_worn(pool)
             self._pools.give_back(key, pool)
+            self._replace(request, is_needed=is_worn)
             return []
         errors = self._tear_down(pool) if key.scope is not None else []
         self._pools.retire(pool)
+        self._replace(request, is_needed=not is_alone(request.spec))
         return errors
 
+    def _why_unclean(self, key: PoolKey, done: ItemRun) -> str | None:
+        """Return why the group of these ranks must not be used again, None where it may, or is not."""
+        if key.scope is None or key.fidelity in HOSTED:
+            return None
+        messages = [message for run in done.runs for message in run.messages]
+        if any(isinstance(message, Phase) for message in messages):
+            return "a rank did not pass, and may have cut its connections"
+        states = [one.group for one in messages if isinstance(one, Finished)]
+        return kept.why_unclean(states, has_fixtures=key.has_fixtures)
+
+    def _replace(self, request: ItemRequest, *, is_needed: bool) -> None:
+        """Start ranks in the place of retired ones while the controller reports."""
+        if is_needed and not request.is_last and self._make_ranks is Ranks:
+            assert self._pools is not None
+            with contextlib.suppress(UnavailableError):  # the next item meets it again
+                self._pools.replace(request.key)
+
     def _item_run(self, pool: Pool, runs: list[RankRun], spec: RankSpec) -> ItemRun:
+        remarks = [("Idle ranks", pool.replaces)] if pool.replaces else []
+        pool.replaces = ""
         return ItemRun(
             pool=pool,
             runs=unfold.unfold(runs, spec),
             notes=self._notes(pool),
             explanations=[*pool.ranks.explain(), *unfold.explanations(runs, spec), *explain(runs)],
             unawaited=unawaited(pool.ranks.look()) if is_uneven(runs) else "",
+            remarks=remarks,
         )
 
     def _notes(self, pool: Pool) -> list[str]:
@@ -329,11 +331,6 @@ class RankService:
             starts=False,
         )
         return errors_of(runs, seconds=TEARDOWN_SECONDS)
-
-
-def is_alone(spec: RankSpec) -> bool:
-    """Return whether an item gets ranks of its own: a CUDA context is not handed to another test."""
-    return spec.isolate or spec.backend != "gloo"
 
 
 def is_last(message: object) -> bool:

@@ -15,7 +15,8 @@ BACKENDS = ("gloo", *ladder.DEVICE_BACKENDS)
 DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, expert
 SIGNATURE = (
     "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
-    "cp=None, ep=None, timeout=None, backend=None, isolate=False, fidelity=None, "
+    "cp=None, ep=None, timeout=None, backend=None, isolate=False, init=True, keep_group=False, "
+    "fidelity=None, "
     "lowest_fidelity=None, as_rank=None, expect_deaths=None)"
 )
 
@@ -30,6 +31,8 @@ class RankSpec:
         backend: the process group's backend: "gloo" on CPU, else one with a device a rank.
         timeout: seconds for the item after its ranks are ready, or None for the default.
         isolate: whether the item gets freshly forked ranks of its own.
+        init: whether the process group is initialised before the test.
+        keep_group: whether the process group is kept for the next test under the same mark.
         fidelity: how real the ranks are, one of `ladder.FIDELITIES`.
         lowest_fidelity: the lowest fidelity that the test is valid on.
         is_pinned: whether the session has no say in the fidelity.
@@ -43,6 +46,8 @@ class RankSpec:
     backend: str = "gloo"
     timeout: float | None = None
     isolate: bool = False
+    init: bool = True
+    keep_group: bool = False
     fidelity: str = ladder.DEFAULT
     lowest_fidelity: str = ladder.DEFAULT
     is_pinned: bool = False
@@ -67,6 +72,8 @@ def ranks(
     timeout: float | None = None,
     backend: str | None = None,
     isolate: bool = False,
+    init: bool = True,
+    keep_group: bool = False,
     fidelity: str | Sequence[str] | None = None,
     lowest_fidelity: str | None = None,
     as_rank: int | None = None,
@@ -81,6 +88,9 @@ def ranks(
         backend: the process group's backend: "gloo" on CPU; with a device a rank "nccl" (CUDA
             and ROCm), "xccl" (Intel) or "neuron" (Trainium).
         isolate: give the test freshly forked ranks, kept by no other test.
+        init: initialise the process group; False leaves that to the test.
+        keep_group: keep the process group for the next test of the class or module that has the
+            mark, where it is proven clean.
         fidelity: how real the ranks are, or several for one test item each.
         lowest_fidelity: the lowest fidelity that the test is valid on.
         as_rank: which rank the body plays at fidelity "fake", which runs for one only.
@@ -99,8 +109,7 @@ def ranks(
         )
     if timeout is not None and not _is_positive_number(timeout):
         raise BadInputError(f"ranks(timeout={timeout!r}): expected a number of seconds above 0.")
-    if not isinstance(isolate, bool):
-        raise BadInputError(f"ranks(isolate={isolate!r}): expected True or False.")
+    _check_flags(isolate=isolate, init=init, keep_group=keep_group, has_mesh=bool(dimensions))
     levels = ladder.levels(fidelity, lowest_fidelity, backend)
     played = ladder.check_as_rank(as_rank, [level.fidelity for level in levels], sizes)
     deaths = _deaths(expect_deaths, min(sizes))
@@ -112,6 +121,8 @@ def ranks(
             backend=level.backend,
             timeout=timeout,
             isolate=isolate,
+            init=init,
+            keep_group=keep_group,
             fidelity=level.fidelity,
             lowest_fidelity=level.lowest,
             is_pinned=level.is_pinned,
@@ -211,6 +222,8 @@ def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]
             "timeout",
             "backend",
             "isolate",
+            "init",
+            "keep_group",
             "fidelity",
             "lowest_fidelity",
             "as_rank",
@@ -259,6 +272,27 @@ def _world_sizes(found: object, dimensions: tuple[tuple[str, int], ...]) -> tupl
                 f"the world size is {size}."
             )
     return sizes
+
+
+def _check_flags(*, isolate: object, init: object, keep_group: object, has_mesh: bool) -> None:
+    for name, flag in (("isolate", isolate), ("init", init), ("keep_group", keep_group)):
+        if not isinstance(flag, bool):
+            raise BadInputError(f"ranks({name}={flag!r}): expected True or False.")
+    if not init and has_mesh:
+        raise BadInputError(
+            "ranks(init=False) and a mesh: a mesh needs the process group, which init=False "
+            "leaves to the test; let the test make the mesh too."
+        )
+    if keep_group and isolate:
+        raise BadInputError(
+            "ranks(keep_group=True, isolate=True): fresh ranks have no group of an earlier test; "
+            "leave one of the two out."
+        )
+    if keep_group and not init:
+        raise BadInputError(
+            "ranks(keep_group=True, init=False): the test that initialises a group itself has "
+            "none to keep; leave one of the two out."
+        )
 
 
 def _deaths(found: object, world_size: int) -> tuple[tuple[int, str | int], ...]:

@@ -68,6 +68,10 @@ class SpreadRanks(Ranks):
         """Return what our rank has issued."""
         return self._own.look()
 
+    def ends(self) -> list[str]:
+        """Return how those of our own processes ended that have."""
+        return self._own.ends()
+
     def is_alive(self) -> bool:
         """Return whether all processes live, on all machines."""
         if not self._own.is_alive():

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.launch import rank as rank_module
 from pytest_ranks.launch.fidelity import floor, own_random
-from pytest_ranks.launch.group import SEED, ProcessGroup, original_init
+from pytest_ranks.launch.group import ProcessGroup, original_init
+from pytest_ranks.launch.seeding import SEED
 
 if TYPE_CHECKING:
     from collections.abc import Callable

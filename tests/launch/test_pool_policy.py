@@ -1,0 +1,174 @@
+"""How long ranks serve: until they are worn, until a test fails, or until they die idle."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+WORN = """
+import os
+import pytest
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.ranks(2)
+def test_counted(number, rank, record_property):
+    record_property("pids", " ".join(map(str, rank.gather(os.getpid()))))
+"""
+FAILING = """
+import os
+import pytest, torch
+import torch.distributed as dist
+
+
+@pytest.fixture
+def pids(rank, record_property):
+    record_property("pids", " ".join(map(str, rank.gather(os.getpid()))))
+
+
+@pytest.mark.ranks(2)
+def test_fails(rank, pids):
+    if rank.index == 1:
+        raise ValueError("before the collective")
+    dist.all_reduce(torch.full((1,), 100.0))
+
+
+@pytest.mark.ranks(2)
+def test_after_failure(rank, pids):
+    found = torch.ones(1)
+    dist.all_reduce(found)
+    assert found == 2
+
+
+@pytest.mark.ranks(2, keep_group=True)
+class TestKept:
+    def test_fails_here(self, rank, pids):
+        assert rank.index == 0
+
+    def test_after_that(self, rank, pids):
+        assert dist.group.WORLD._get_sequence_number_for_group() in (1, 2)  # of `pids` alone
+        found = torch.ones(1)
+        dist.all_reduce(found)
+        assert found == 2
+
+
+@pytest.fixture(scope="module")
+def wide(rank_group):
+    return rank_group
+
+
+@pytest.fixture(scope="module")
+def rank_group():
+    return dist.group.WORLD
+
+
+@pytest.mark.ranks(2)
+def test_fails_with_a_wide_fixture(wide, rank, pids):
+    assert rank.index == 0
+
+
+@pytest.mark.ranks(2)
+def test_after_it(wide, rank, pids):
+    pass
+
+
+@pytest.mark.ranks(2)
+def test_dies(rank, pids):
+    if rank.index == 1:
+        os._exit(3)
+
+
+@pytest.mark.ranks(2)
+def test_after_death(rank, pids):
+    pass
+"""
+IDLE = """
+import os, signal
+from pathlib import Path
+import pytest
+
+
+@pytest.mark.ranks(2)
+def test_first(rank):
+    pids = rank.gather(os.getpid())
+    Path("pids").write_text(str(pids[1]))
+
+
+def test_kills_an_idle_rank():
+    pid = int(Path("pids").read_text())
+    watched = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    import select
+    poll = select.poll()
+    poll.register(watched, select.POLLIN)
+    assert poll.poll(60_000)
+
+
+@pytest.mark.ranks(2)
+def test_second(rank):
+    assert str(os.getpid()) != Path("pids").read_text()
+"""
+PLAIN = ("-p", "no:randomly", "-p", "no:rerunfailures")
+
+
+def pids(session, name):
+    return set(dict(session.call(name).properties)["pids"].split())
+
+
+def test_ranks_serve_as_many_tests_as_they_may(run_session):
+    session = run_session({"test_it.py": WORN}, *PLAIN, "-o", "ranks_max_uses=2")
+    assert session.returncode == 0, session.output
+    found = [pids(session, f"test_counted[{number}]") for number in range(5)]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert len(set.union(*found)) == 6
+
+
+@pytest.fixture(scope="module")
+def reusing(run_session):
+    return run_session({"test_it.py": FAILING}, *PLAIN, "-o", "ranks_reuse_after_failure=true")
+
+
+def test_ranks_serve_on_after_a_failure_where_the_project_wants_that(reusing):
+    bad = {row.id.partition("::")[2] for row in reusing.rows if row.outcome != "passed"}
+    assert bad == {
+        "test_fails",
+        "TestKept::test_fails_here",
+        "test_fails_with_a_wide_fixture",
+        "test_dies",
+    }, reusing.output
+    assert pids(reusing, "test_fails") == pids(reusing, "test_after_failure")
+    assert pids(reusing, "TestKept::test_fails_here") == pids(reusing, "TestKept::test_after_that")
+
+
+def test_ranks_with_a_broken_fixture_or_a_dead_rank_never_serve_on(reusing):
+    failed = pids(reusing, "test_fails_with_a_wide_fixture")
+    assert failed.isdisjoint(pids(reusing, "test_after_it"))
+    assert pids(reusing, "test_after_failure").isdisjoint(pids(reusing, "test_after_death"))
+
+
+def test_ranks_that_died_idle_are_replaced_and_that_is_said(run_session):
+    session = run_session({"test_it.py": IDLE}, *PLAIN)
+    assert session.returncode == 0, session.output
+    assert session.call("test_second").sections == [
+        [
+            "Idle ranks",
+            "the ranks that last ran test_it.py::test_first ended while idle: "
+            "rank 1 died of SIGKILL",
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        (("--ranks-reuse-after-failure=true",), {}, "reuse_after_failure=True"),
+        ((), {"RANKS_REUSE_AFTER_FAILURE": "1"}, "(from RANKS_REUSE_AFTER_FAILURE)"),
+        ((), {"RANKS_REUSE_AFTER_FAILURE": "perhaps"}, "found 'perhaps', expected true or false"),
+        (("--ranks-max-uses=0",), {}, "expected a whole number of at least 1"),
+    ],
+)
+def test_the_settings_can_be_given_anywhere(run_session, arguments, env, said):
+    session = run_session({"test_it.py": "def test_it(): pass"}, *arguments, env=env)
+    assert said in session.output
