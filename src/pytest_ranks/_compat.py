@@ -78,6 +78,18 @@ def flight_records() -> tuple[list[dict[str, Any]], str]:
     return entries, reason
 
 
+def compare_collectives() -> None:
+    """Have torch compare each collective of the next groups between their ranks.
+
+    `set_debug_level_from_env` is public, but only this order of the two steps works in a process
+    that imported torch long ago.
+    """
+    import torch.distributed as dist
+
+    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+    dist.set_debug_level_from_env()  # type: ignore[attr-defined]
+
+
 def group_members() -> dict[str, dict[str, Any]]:
     """Return the ranks of each live process group, in order, and its timeout, by its name.
 

@@ -129,6 +129,12 @@ def _parse_fidelity(text: str) -> str:
     return parse(text)
 
 
+def _parse_collective_debug(text: str) -> str:
+    if text not in ("always", "on_failure", "never"):
+        raise ValueError
+    return text
+
+
 def _parse_subject(text: str) -> str:
     if not re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", text):
         raise ValueError
@@ -249,6 +255,19 @@ TABLE = (
         expected="true or false",
         example="true",
         shown="false",
+    ),
+    Option(
+        name="collective_debug",
+        help="When torch compares each collective between the ranks, 3 to 12 times slower: always, "
+        "on_failure (once more after a failure that nothing else explains) or never",
+        default="on_failure",
+        metavar="WHEN",
+        ini="string",
+        env=True,
+        parse=_parse_collective_debug,
+        expected="always, on_failure or never",
+        example="never",
+        shown="on_failure",
     ),
     Option(
         name="hardware_marks",

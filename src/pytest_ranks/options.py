@@ -37,6 +37,7 @@ class Settings:
         report: file for what each test did on its ranks, as JSON.
         debug: the rank that gets the terminal for a debugger, None where none was chosen.
         strict_hygiene: whether a test fails for what it leaves behind in its ranks.
+        collective_debug: when torch compares each collective between the ranks.
         hardware_marks: whether `gpu`, `multi_gpu`, `trainium` and `requires` are ours.
         subject: the training code that the conformance suites test.
         suite: suites or check ids to run; empty means all.
@@ -56,6 +57,7 @@ class Settings:
     fidelity: str | None
     report: str | None
     strict_hygiene: bool
+    collective_debug: str
     hardware_marks: bool
     subject: str | None
     suite: tuple[str, ...]

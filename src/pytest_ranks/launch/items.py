@@ -24,6 +24,7 @@ from pytest_ranks.launch.item_record import record_of, record_without_ranks
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
 from pytest_ranks.launch.requests import ItemRequest, is_alone
+from pytest_ranks.launch.rerun import explain_again
 from pytest_ranks.launch.service import RankService
 from pytest_ranks.launch.start import harvest_of
 from pytest_ranks.launch.warned import forward_warnings, warn
@@ -163,12 +164,16 @@ class RankItems:
             if not isinstance(error, DevicesUnavailable):
                 self._service.recover()
             pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
+        seconds = time.monotonic() - start
         forward_warnings(self._config, done.runs)
         subtests.note(item, done.runs)
+        if options.settings(self._config).collective_debug == "on_failure":
+            allowed = _compat.timeout_of(item)
+            done.explanations += explain_again(self._service, request, done, allowed=allowed)
         context = reports.Context(
             timeout=request.seconds,
             world_size=request.spec.world_size,
-            seconds=time.monotonic() - start,
+            seconds=seconds,
             notes=done.notes,
             explanations=done.explanations,
             unawaited=done.unawaited,
@@ -213,6 +218,7 @@ class RankItems:
             following=following,
             hold=hold,
             is_last=self._is_last_of(item, key),
+            is_detailed=options.settings(self._config).collective_debug == "always",
         )
 
     def _is_last_of(self, item: pytest.Item, key: PoolKey) -> bool:

@@ -167,6 +167,7 @@ class World:
     rank_variables: bool = True
     keep_group: bool = False
     fresh_group: bool = False
+    is_detailed: bool = False
     rendezvous: Rendezvous | None = None
     environment: dict[str, str] | None = None
     shared_tmp_path: str | None = None

@@ -291,6 +291,8 @@ class Rank:
         if world.environment:
             os.environ.update(world.environment)
         export_rank_variables(world)
+        if world.is_detailed:
+            _compat.compare_collectives()
         self._group.enter(world)
         if world.fidelity in HOSTED:
             self._take_host().join(world)

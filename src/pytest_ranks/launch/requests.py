@@ -26,6 +26,7 @@ class ItemRequest:
         seconds: its deadline, counted from the moment its ranks are ready.
         following: what its pool runs next, None where that is nothing or not known.
         hold: keep wide fixtures, since what the pool runs next is not known.
+        is_detailed: have torch compare each collective between the ranks.
         is_last: whether no later item of this session asks for ranks of this shape.
     """
 
@@ -35,6 +36,7 @@ class ItemRequest:
     seconds: float
     following: str | None = None
     hold: bool = False
+    is_detailed: bool = False
     is_last: bool = True
 
 
@@ -65,6 +67,7 @@ def world_of(
         init=spec.init,
         keep_group=request.key.scope is not None and not is_alone(spec),
         fresh_group=not pool.group_is_clean,
+        is_detailed=request.is_detailed,
         rendezvous=rendezvous,
         shared_tmp_path=str(shared),
         environment=None if pool.devices is None else pool.devices.variables(rank),
