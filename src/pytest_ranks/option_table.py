@@ -233,6 +233,18 @@ TABLE = (
         shown="none",
     ),
     Option(
+        name="cpus",
+        help="Ranks that all xdist workers together have at work; a test with more runs alone",
+        default=None,
+        metavar="CPUS",
+        ini="int",
+        env=True,
+        parse=_parse_count,
+        expected="a whole number of at least 1",
+        example="8",
+        shown="the CPUs that there are",
+    ),
+    Option(
         name="debug",
         help="Rank that gets the terminal for breakpoint(), --pdb and --trace; all deadlines are "
         "lifted",

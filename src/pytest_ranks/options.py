@@ -35,6 +35,7 @@ class Settings:
         reuse_after_failure: whether ranks on which a test failed serve the next one.
         fidelity: how real the ranks are, for tests whose mark allows it.
         report: file for what each test did on its ranks, as JSON.
+        cpus: ranks that all xdist workers together have at work, None for one a CPU.
         debug: the rank that gets the terminal for a debugger, None where none was chosen.
         strict_hygiene: whether a test fails for what it leaves behind in its ranks.
         collective_debug: when torch compares each collective between the ranks.
@@ -51,6 +52,7 @@ class Settings:
     timeout: float
     require: tuple[Required, ...]
     max_world_size: int
+    cpus: int | None
     debug: int | None
     max_uses: int
     reuse_after_failure: bool

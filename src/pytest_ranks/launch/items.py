@@ -17,7 +17,7 @@ import pytest
 
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, RankTimeout, UnavailableError
-from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes, subtests
+from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes, subtests, tokens
 from pytest_ranks.launch.devices import DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.item_record import record_of, record_without_ranks
@@ -78,6 +78,7 @@ class RankItems:
     def take_over(self, items: list[pytest.Item]) -> None:
         """Have these items run on ranks."""
         shared = scopes.shared_scopes(items)
+        tokens.share(self._config, self._tokens_of)
         for item in items:
             spec = _spec_of(item)
             key = PoolKey(
@@ -227,6 +228,9 @@ class RankItems:
             return self._next is None
         start = self._index[item.nodeid] + 1
         return all(other != key for _, other in itertools.islice(self._order, start, None))
+
+    def _tokens_of(self, item: pytest.Item) -> int:
+        return tokens.needed(_spec_of(item)) if item.nodeid in self._index else 0
 
     def _key_of(self, item: pytest.Item) -> PoolKey:
         return self._order[self._index[item.nodeid]][1]
