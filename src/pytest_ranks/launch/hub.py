@@ -81,6 +81,7 @@ class Hub:
         self.during = ""
         self.is_busy = False  # whether this process waits for others, and looks at `wake`
         self.members: list[Member] = []  # by rank
+        self.refused: list[str] = []  # who else connected, a sentence each
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.is_ending = False
         self._listener: socket.socket | None = None
@@ -144,7 +145,9 @@ class Hub:
         """Take in what a new connection says; return whether it has yet to say hello."""
         try:
             found = line.receive_all()
-        except (LineLost, BadInputError):
+        except (LineLost, BadInputError) as error:
+            if isinstance(error, BadInputError):
+                self._refuse(line, "spoke another language: is it the same pytest-ranks there?")
             line.close()
             return False
         if not found:
@@ -155,13 +158,17 @@ class Hub:
             and hello.token == self.hello.token
             and hello.rank in self.missing()
         )
-        if not is_one_of_us:  # another job's rank, or a stranger
-            line.close()
+        if not is_one_of_us:
+            self._refuse(line, "was no missing rank of this world: does another job run there?")
             return False
         member = Member(hello=hello, line=line, pending=found[1:])
         self.members.append(member)
         self._compare_clocks(member)
         return False
+
+    def _refuse(self, line: Line, why: str) -> None:
+        self.refused.append(f"what connected from {line.other_address()} {why}")
+        line.close()
 
     def _compare_clocks(self, member: Member) -> None:
         """Find what separates the two clocks, from the quickest of a few questions."""

@@ -60,6 +60,13 @@ class Line:
         """Return the address at which the other end reaches this machine."""
         return str(self._socket.getsockname()[0])
 
+    def other_address(self) -> str:
+        """Return the address of the other end, as far as it can be told."""
+        try:
+            return str(self._socket.getpeername()[0])
+        except OSError:
+            return "an unknown address"
+
     def close(self) -> None:
         """Close this end."""
         self._socket.close()

@@ -88,6 +88,7 @@ class RankZero(Collected):
                 "(--ranks-join-timeout): expected every rank to collect the same tests and to "
                 f"reach {self.world.address} port {port}"
             )
+            self._lines += self._hub.refused
         hellos = [self._hub.hello, *(member.hello for member in self._hub.members)]
         is_selective = getattr(self.config.option, "lf", False)
         self._lines += agreement.complaints(hellos, may_have_more=is_selective)
@@ -154,8 +155,8 @@ class RankZero(Collected):
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Fail a session that lost a rank, whether or not a test needed it."""
-        if self._hub is None or self._lines:
-            return
+        if self._hub is None or self._lines or session.exitstatus == pytest.ExitCode.INTERRUPTED:
+            return  # who presses Ctrl-C ends the other ranks too
         for member in self._hub.reachable():
             self._hub.hear(member)
         self._lines += self._hub.describe_losses()
