@@ -85,6 +85,15 @@ def test_collective_of_a_tensor_in_parts(rank, faults):
         parts.full_tensor()
 
 
+@pytest.mark.ranks(2, init=False, expect_deaths={1: "SIGKILL"})
+def test_a_group_of_the_tests_own(rank, faults):
+    faults.kill(rank=1, at="all_reduce#2")
+    dist.init_process_group("gloo")
+    assert reduce_one() == 2
+    with pytest.raises(RuntimeError):
+        reduce_one()
+
+
 @pytest.fixture
 def doomed(rank, faults):
     faults.kill(rank=1, at=step(2))
@@ -443,6 +452,12 @@ def test_no_mark(faults):
     pass
 
 
+@pytest.mark.ranks(2, keep_group=True)
+class TestKept:
+    def test_in_a_kept_group(self, rank, faults):
+        pass
+
+
 @pytest.mark.ranks(2, fidelity="threads")
 def test_no_processes(rank, faults):
     pass
@@ -514,6 +529,11 @@ def test_ranks_that_saw_a_fault_serve_no_other_test(session):
         (
             "test_no_mark",
             "the fixture 'faults' needs a mark that says how many ranks: @pytest.mark.ranks(2).",
+        ),
+        (
+            "test_in_a_kept_group",
+            "mark ranks(keep_group=True): the fixture 'faults' leaves a process group that cannot "
+            "be kept; give the test a mark without it.",
         ),
         (
             "test_no_processes",

@@ -73,6 +73,12 @@ def test_the_signature_that_users_read_is_the_functions_own():
         ),
         (
             (2,),
+            {"keep_group": True, "expect_deaths": {1: 3}},
+            "ranks(keep_group=True, expect_deaths={1: 3}): a group with a dead rank cannot be "
+            "kept; leave one of the two out.",
+        ),
+        (
+            (2,),
             {"expect_deaths": {}},
             "ranks(expect_deaths={}): expected signals or exit codes by rank, such as "
             "{1: 'SIGKILL'} or {1: 3}.",

@@ -112,7 +112,7 @@ def ranks(
     _check_flags(isolate=isolate, init=init, keep_group=keep_group, has_mesh=bool(dimensions))
     levels = ladder.levels(fidelity, lowest_fidelity, backend)
     played = ladder.check_as_rank(as_rank, [level.fidelity for level in levels], sizes)
-    deaths = _deaths(expect_deaths, min(sizes))
+    deaths = _deaths(expect_deaths, min(sizes), keep_group=keep_group)
     ladder.check_deaths(deaths, levels)
     return tuple(
         RankSpec(
@@ -295,10 +295,17 @@ def _check_flags(*, isolate: object, init: object, keep_group: object, has_mesh:
         )
 
 
-def _deaths(found: object, world_size: int) -> tuple[tuple[int, str | int], ...]:
+def _deaths(
+    found: object, world_size: int, *, keep_group: bool
+) -> tuple[tuple[int, str | int], ...]:
     """Return the deaths that a mark declares; `world_size` is the smallest that it asks for."""
     if found is None:
         return ()
+    if keep_group:
+        raise BadInputError(
+            f"ranks(keep_group=True, expect_deaths={found!r}): a group with a dead rank cannot be "
+            "kept; leave one of the two out."
+        )
     if not isinstance(found, Mapping) or not found:
         raise BadInputError(
             f"ranks(expect_deaths={found!r}): expected signals or exit codes by rank, such as "

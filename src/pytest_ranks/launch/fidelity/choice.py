@@ -95,3 +95,8 @@ def _check_processes(item: pytest.Item, spec: RankSpec) -> None:
                 f"ranks(fidelity={spec.fidelity!r}): the fixture {name!r} needs a process a rank, "
                 f"expected fidelity {ladder.DEFAULT!r} or above."
             )
+        if spec.keep_group and name in getattr(item, "fixturenames", ()):
+            raise BadInputError(
+                f"ranks(keep_group=True): the fixture {name!r} leaves a process group that cannot "
+                "be kept; give the test a mark without it."
+            )
