@@ -348,6 +348,30 @@ def make_longrepr(
     return ExceptionChainRepr(chain)
 
 
+def show_junit(config: pytest.Config, view: Callable[[Any], Any]) -> None:
+    """Have pytest's junitxml plugin write the output of a view of each report.
+
+    `LogXML.node_reporter` and `_NodeReporter.write_captured_output` have no public way; where
+    they are gone, output is written without its ranks.
+    """
+    from _pytest import junitxml
+
+    key = getattr(junitxml, "xml_key", None)
+    xml = None if key is None else config.stash.get(key, None)
+    reporter_of = getattr(xml, "node_reporter", None)
+    if reporter_of is None:
+        return
+
+    def node_reporter(report: Any) -> Any:
+        reporter = reporter_of(report)
+        write = getattr(reporter, "write_captured_output", None)
+        if write is not None and "write_captured_output" not in vars(reporter):
+            reporter.write_captured_output = lambda report: write(view(report))
+        return reporter
+
+    xml.node_reporter = node_reporter  # type: ignore[union-attr]
+
+
 def fixture_definitions(item: pytest.Item) -> list[pytest.FixtureDef[Any]]:
     """Return the definitions of all fixtures that an item uses, autouse ones included."""
     info = getattr(item, "_fixtureinfo", None)

@@ -158,7 +158,11 @@ E           ValueError: boom
 test_it.py:22: ValueError
 collateral: rank 0 PEER
 reproduce: pytest 'test_it.py::test_fails'"""
-    assert fixed(run.item("test_fails")) == {
+    record = run.item("test_fails")
+    for rank, raised in zip(record["ranks"], ("RuntimeError", "ValueError: boom"), strict=True):
+        assert raised in rank["traceback"]
+        rank["traceback"] = "TRACEBACK"
+    assert fixed(record) == {
         "node_id": "test_it.py::test_fails",
         "world_size": 2,
         "mesh": {},
@@ -178,11 +182,13 @@ reproduce: pytest 'test_it.py::test_fails'"""
                 rank=0,
                 headline="PEER",
                 is_collateral=True,
+                traceback="TRACEBACK",
                 output=[{"name": "Captured stdout call", "text": "printed by 0\n"}],
             ),
             rank_record(
                 rank=1,
                 headline="ValueError: boom",
+                traceback="TRACEBACK",
                 output=[{"name": "Captured stdout call", "text": "printed by 1\n"}],
             ),
         ],

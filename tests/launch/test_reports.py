@@ -121,6 +121,23 @@ def test_ranks_that_failed_alike_are_told_once(request, phase):
     ]
 
 
+def test_ranks_that_failed_in_their_own_way_show_their_tracebacks(request, phase):
+    texts = [
+        "first",
+        *(f"own {rank}\nwith a place" for rank in range(1, 11)),
+        "own 10\nwith a place",
+    ]
+    runs = [
+        RankRun(rank=rank, messages=finished(*raising(phase, text, at=float(rank))), done=True)
+        for rank, text in enumerate(texts)
+    ]
+    text = "\n".join(text_of(reports.decide(request.node, runs, Context(timeout=1))))
+    for rank in range(1, 9):
+        assert f"\n\ntraceback of rank {rank}:\nown {rank}\nwith a place\n" in text
+    assert text.count("with a place") == 8
+    assert "\nleft out: the tracebacks of ranks 9, 10 and 11\n" in text
+
+
 def test_a_teardown_that_failed_after_the_call_is_an_error_of_its_own(request, phase, passed):
     both = (*raising(phase, "in call", at=1), phase("teardown", "failed", longrepr="after", at=2))
     runs = [

@@ -22,6 +22,9 @@ START_SECONDS = 300.0
 # Seconds that a loaded controller may need to see that a process has ended.
 SEEN_LATE = 1.0
 
+# Of other ranks than the first, in one report; the JSON report has all.
+MOST_TRACEBACKS = 8
+
 # What gloo and the store say on a rank whose peer went away (gloo/transport/tcp/pair.cc,
 # torch/csrc/distributed/c10d/TCPStore.cpp); the rank that says it is not the cause.
 _PEER_WENT = re.compile(
@@ -115,6 +118,20 @@ def stacks(failures: Sequence[Failure]) -> list[str]:
     """Return the stacks of ranks that were stopped or died, equal ones once."""
     found = fold((one.rank, one.text) for one in failures if one.kind != "raised" and one.text)
     return [f"\nstacks of {ranks_text(numbers)}:\n{text}" for numbers, text in found]
+
+
+def tracebacks(root: Failure | None, others: Sequence[Failure]) -> list[str]:
+    """Return the tracebacks of ranks that failed in another way than the first, equal ones once."""
+    found = fold(
+        (one.rank, one.text)
+        for one in others
+        if one.kind == "raised" and not one.is_collateral and one.text.strip() != one.headline
+        if root is None or not one.is_like(root)
+    )
+    shown = [f"\ntraceback of {ranks_text(ranks)}:\n{text}" for ranks, text in found]
+    left = [rank for ranks, _ in found[MOST_TRACEBACKS:] for rank in ranks]
+    more = [f"\nleft out: the tracebacks of {ranks_text(left)}"] if left else []
+    return [*shown[:MOST_TRACEBACKS], *more]
 
 
 def collateral_lines(failures: Sequence[Failure]) -> list[str]:

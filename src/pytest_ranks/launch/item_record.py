@@ -84,6 +84,7 @@ def _rank(run: RankRun, result: RankResult, failure: Failure | None) -> RankReco
         status=result.status,
         headline=shorten(failure.brief) if failure is not None else "",
         is_collateral=failure is not None and failure.is_collateral,
+        traceback=shorten(failure.text) if failure is not None and failure.kind == "raised" else "",
         phases=[
             PhaseRecord(
                 when=phase.when,

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
-from pytest_ranks.launch import failures, outcome, sections
-from pytest_ranks.launch.folding import fold, ranks_text
+from pytest_ranks.launch import failures, item_text, outcome, sections
 from pytest_ranks.launch.item_failures import failures_of
-from pytest_ranks.launch.messages import Injected, Raised
+from pytest_ranks.launch.messages import Raised
 from pytest_ranks.report.records import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -215,12 +214,8 @@ def _failed(
         session_end=_session_end(runs, root),
     )
     tail = [
-        *failures.hints(first),
-        *_lines_of_others(first[1:], root),
-        *_lines_of_later(later),
-        *_lines_of_what_was_asked_for(runs, results, context),
-        *sections.last_lines([*first, *later]),
-        *failures.stacks([*first, *later]),
+        *_tail(first, later),
+        *item_text.lines_of_what_was_asked_for(runs, results, context.expected_ends),
         *(context.notes if word == "crashed" else ()),
     ]
     if item.config.getoption("usepdb", False) and (root is None or root.kind != "raised"):
@@ -243,6 +238,19 @@ def _failed(
     return decided
 
 
+def _tail(first: Sequence[Failure], later: Sequence[Failure]) -> list[str]:
+    """Return what stands below the traceback of the rank that failed first."""
+    root = first[0] if first else None
+    return [
+        *failures.hints(first),
+        *item_text.lines_of_others(first[1:], root),
+        *item_text.lines_of_later(later),
+        *failures.tracebacks(root, first[1:]),
+        *sections.last_lines([*first, *later]),
+        *failures.stacks([*first, *later]),
+    ]
+
+
 def _add_teardown(
     item: pytest.Item, decided: ItemOutcome, results: list[RankResult], later: list[Failure]
 ) -> None:
@@ -260,7 +268,7 @@ def _add_teardown(
             head=head,
             inner=_longrepr(item, phase) if phase is not None else None,
             text="",
-            tail="\n".join([*_lines_of_others(first[1:], first[0]), reproduce(item)]),
+            tail="\n".join([*item_text.lines_of_others(first[1:], first[0]), reproduce(item)]),
         ),
     )
 
@@ -270,7 +278,7 @@ def _head(first: Sequence[Failure], results: list[RankResult], word: str, contex
         return f"the ranks disagree: {context.unawaited}"
     others_left = any(result.status in ("skipped", "xfailed") for result in results)
     if word == "disagree" or (others_left and all(one.is_collateral for one in first)):
-        head = _disagreement(results, first)
+        head = item_text.disagreement(results, first)
     elif context.played:
         head = failures.headline_of_one(first[0], context.played, timeout=context.timeout)
     else:
@@ -333,65 +341,3 @@ def reproduce(item: pytest.Item) -> str:
     path = os.path.relpath(item.config.rootpath / file, item.config.invocation_params.dir)
     quoted = f"{path}{colons}{names}".replace("'", "'\"'\"'")
     return f"reproduce: pytest '{quoted}'"
-
-
-def _disagreement(results: list[RankResult], found: Sequence[Failure]) -> str:
-    cut = {
-        one.rank: f"was cut off in {one.place or 'its work'}" for one in found if one.is_collateral
-    }
-    texts = [
-        (one.rank, cut.get(one.rank, one.status).replace("strict_xpass", "xpassed (strict)"))
-        for one in results
-    ]
-    parts = [f"{ranks_text(ranks)} {status}" for ranks, status in fold(texts)]
-    return f"the ranks disagree: {', '.join(parts)}"
-
-
-def _lines_of_others(others: Sequence[Failure], root: Failure | None) -> list[str]:
-    """Return a line for each way in which other ranks failed; the headline has the rest."""
-    lines = failures.collateral_lines(others)
-    told = [one for one in others if not one.is_collateral]
-    raised = [
-        (one.rank, f"failed too: {one.headline}{_at(one)}")
-        for one in told
-        if one.kind == "raised" and not (root is not None and one.is_like(root))
-    ]
-    died = [(one.rank, one.headline) for one in told if one.kind in ("died", "alive")]
-    return [*lines, *(f"{ranks_text(ranks)} {text}" for ranks, text in fold([*raised, *died]))]
-
-
-def _lines_of_what_was_asked_for(
-    runs: list[RankRun], results: list[RankResult], context: Context
-) -> list[str]:
-    """Return a line for each declared death and each injected fault that happened."""
-    texts = [
-        (one.rank, f"was expected to {context.expected_ends[one.rank].text}, and did")
-        for one in results
-        if one.status == outcome.DIED_AS_EXPECTED and one.rank in context.expected_ends
-    ]
-    faults = [
-        f"injected on rank {run.rank}: {one.call} {one.place}"
-        for run in runs
-        for one in run.messages
-        if isinstance(one, Injected)
-    ]
-    return [*(f"rank {rank} {text}" for rank, text in texts), *faults]
-
-
-def _lines_of_later(later: Sequence[Failure]) -> list[str]:
-    """Return a line for each failure of a rank that had failed before."""
-    texts = [
-        (one.rank, f"then {one.headline}" if one.kind == "died" else _in_phase(one))
-        for one in later
-        if one.kind == "died" or not one.is_collateral
-    ]
-    return [f"{ranks_text(ranks)} {text}" for ranks, text in fold(texts)]
-
-
-def _in_phase(failure: Failure) -> str:
-    where = f"in {failure.phase} " if failure.phase else ""
-    return f"then failed {where}too: {failure.headline}{_at(failure)}"
-
-
-def _at(failure: Failure) -> str:
-    return f" ({os.path.relpath(failure.line)})" if failure.line else ""

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import pytest
+from pytest_ranks import _compat
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    import pytest
 
-_OF_RANKS = re.compile(r"^Captured (\w+)(.*) \((ranks? [\d, and]+)\)$")
-# pytest writes sections of these names and no other.
-_KNOWN = ("stdout", "stderr", "log")
+_OF_RANKS = re.compile(r"^Captured (\w+).* \(ranks? [\d, and]+\)$")
+# pytest's report tells apart what was caught by these names; what else ranks wrote goes with stdout.
+_KINDS = ("stdout", "stderr", "log")
 
 
 class JunitSections:
-    """Heads each section by its ranks while pytest's junitxml plugin reads the report."""
+    """Heads each section by its ranks for pytest's junitxml plugin, and for it alone."""
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> Generator[None]:
-        """Show other sections to those who listen inside than the terminal shows later."""
-        kept = report.sections
-        report.sections = [headed(name, text) for name, text in kept]
-        try:
-            yield
-        finally:
-            report.sections = kept
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Stand between the plugin and the reports whose output it writes."""
+        _compat.show_junit(session.config, HeadedReport)
 
 
-def headed(name: str, text: str) -> tuple[str, str]:
-    """Return a section with its ranks in its text, under a name that pytest writes."""
-    found = _OF_RANKS.match(name)
-    if found is None:
-        return name, text
-    kind = found[1] if found[1] in _KNOWN else "stdout"
-    return f"Captured {kind}{found[2]} ({found[3]})", f"--- {name} ---\n{text}\n"
+class HeadedReport:
+    """A report whose captured output names the ranks that wrote it.
+
+    Args:
+        report: any; one that is not of ranks shows itself unchanged.
+    """
+
+    def __init__(self, report: pytest.TestReport) -> None:
+        self._report = report
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._report, name)
+
+    @property
+    def capstdout(self) -> str:
+        """What went to standard output, and what ranks wrote that died."""
+        return self._of("stdout")
+
+    @property
+    def capstderr(self) -> str:
+        """What went to standard error."""
+        return self._of("stderr")
+
+    @property
+    def caplog(self) -> str:
+        """What was logged."""
+        return self._of("log")
+
+    def _of(self, kind: str) -> str:
+        texts = []
+        for name, text in self._report.sections:
+            found = _OF_RANKS.match(name)
+            if found is None:
+                if name.startswith(f"Captured {kind}"):
+                    texts.append(text)
+            elif kind == (found[1] if found[1] in _KINDS else "stdout"):
+                texts.append(f"--- {name} ---\n{text}\n")
+        return "".join(texts)

@@ -54,6 +54,7 @@ class RankRecord:
             stopped (by us, after another rank had failed), died_as_expected or survived.
         headline: how it failed, in one line; empty where it did not.
         is_collateral: whether it only felt that another rank failed.
+        traceback: of what it raised; empty where it raised nothing.
         phases: its reports, in order.
         exit_code: of its process, where that ended by itself.
         signal: name of the signal that its process died of.
@@ -65,6 +66,7 @@ class RankRecord:
     status: str
     headline: str = ""
     is_collateral: bool = False
+    traceback: str = ""
     phases: Sequence[PhaseRecord] = ()
     exit_code: int | None = None
     signal: str | None = None
