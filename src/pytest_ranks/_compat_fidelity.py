@@ -75,6 +75,39 @@ def waiting_work(wait: Callable[[], None], is_done: Callable[[], bool]) -> Any:
     return Waiting()
 
 
+_libraries: list[Any] = []  # what is registered in a library ends with it
+
+
+def setup_device(name: str, module: object, run: Callable[..., Any]) -> None:
+    """Name a device that is played in Python, and have this function run its factories."""
+    import torch
+
+    setup = find(
+        "simulated",
+        "torch.utils.backend_registration",
+        "_setup_privateuseone_for_python_backend",
+    )
+    setup(name, backend_module=module)
+    make_library: Callable[..., Any] = torch.library.Library
+    library = make_library("_", "IMPL")
+    library.fallback(run, "PrivateUse1")
+    _libraries.append(library)
+
+
+def make_wrapper(kind: Any, raw: Any, device: Any) -> Any:
+    """Return a tensor of a subclass that has the looks of another one, on another device."""
+    import torch
+
+    return torch.Tensor._make_wrapper_subclass(
+        kind,
+        raw.shape,
+        strides=raw.stride(),
+        storage_offset=raw.storage_offset(),
+        dtype=raw.dtype,
+        device=device,
+    )
+
+
 def replace_everywhere(original: object, name: str, replacement: object) -> None:
     """Rebind a function of torch in every module that has it under its name.
 

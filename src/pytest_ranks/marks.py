@@ -130,7 +130,7 @@ MARKS = (
         # Written out, so that a session without such a mark imports nothing of the engine.
         signature="(world_size=None, /, *, dp=None, tp=None, pp=None, cp=None, ep=None, "
         "timeout=None, backend=None, isolate=False, init=True, keep_group=False, fidelity=None, "
-        "lowest_fidelity=None, as_rank=None, "
+        "lowest_fidelity=None, as_rank=None, device=None, "
         "expect_deaths=None)",
         text="run the test on this many rank processes. world_size: a number, or several for one "
         "test item each; dp, tp, pp, cp, ep: sizes of a device mesh, in this order as written; a "

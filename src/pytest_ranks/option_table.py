@@ -216,7 +216,7 @@ TABLE = (
         ini="string",
         env=True,
         parse=_parse_fidelity,
-        expected="fake, local_tensor, threads, gloo or device",
+        expected="fake, local_tensor, threads, gloo, simulated or device",
         example="gloo",
         shown="what the mark says",
     ),

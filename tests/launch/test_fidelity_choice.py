@@ -46,6 +46,13 @@ def test_what_one_process_plays_is_no_wider_than_one_process():
     assert ladder.at(fake, "local_tensor").as_rank == 0
 
 
+def test_a_simulated_device_has_a_name():
+    (spec,) = ranks(2, fidelity="simulated", device="gaudi")
+    assert (spec.simulated, spec.backend, spec.processes) == ("gaudi", "gloo", 2)
+    (free,) = ranks(2)
+    assert (free.simulated, ladder.at(free, "simulated").simulated) == ("", "neuron")
+
+
 def test_several_fidelities_are_one_spec_each_and_the_lowest_named_is_valid():
     specs = ranks([1, 2], fidelity=["gloo", "device"])
     assert [(one.world_size, one.fidelity) for one in specs] == [
@@ -96,6 +103,16 @@ NAMES = ", ".join(map(repr, ladder.FIDELITIES))
             {"as_rank": 1},
             "ranks(as_rank=1): only a body at fidelity='fake' plays one rank of many; at the "
             "others every rank plays itself.",
+        ),
+        (
+            {"device": "cuda", "fidelity": "simulated"},
+            "ranks(device='cuda'): expected a name in small letters of an accelerator that torch "
+            "does not have itself, such as 'neuron'.",
+        ),
+        (
+            {"device": "gaudi", "fidelity": "gloo"},
+            "ranks(device='gaudi'): only fidelity='simulated' names a device; a real one is what "
+            "the backend has.",
         ),
         (
             {"expect_deaths": {0: "SIGKILL"}, "fidelity": "fake"},

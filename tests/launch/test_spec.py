@@ -42,6 +42,7 @@ def test_the_signature_that_users_read_is_the_functions_own():
             "fidelity",
             "lowest_fidelity",
             "as_rank",
+            "device",
             "expect_deaths",
         ),
     ]
@@ -117,7 +118,7 @@ def test_the_signature_that_users_read_is_the_functions_own():
             {"timout": 3},
             "ranks(timout=...): unknown argument 'timout', expected one of 'dp', 'tp', 'pp', "
             "'cp', 'ep', 'timeout', 'backend', 'isolate', 'init', 'keep_group', 'fidelity', 'lowest_fidelity', "
-            "'as_rank', "
+            "'as_rank', 'device', "
             "'expect_deaths'. Did you mean 'timeout'?",
         ),
     ],

@@ -85,7 +85,7 @@ class RankItems:
                 world_size=spec.processes,
                 backend=spec.backend,
                 scope=shared[item.nodeid],
-                fidelity=spec.fidelity,
+                fidelity=f"{spec.fidelity} {spec.simulated}".strip(),
             )
             self._index[item.nodeid] = len(self._order)
             self._order.append((item.nodeid, key))

@@ -29,7 +29,7 @@ class PoolKey:
         backend: of their process group.
         scope: which fixtures live on the ranks between tests, None where none does. Tests that
             share such fixtures share a pool, and its process group, with nobody else.
-        fidelity: how real the ranks are.
+        fidelity: how real the ranks are, with the name of a simulated device.
     """
 
     world_size: int

@@ -294,6 +294,8 @@ class Rank:
         if world.is_detailed:
             _compat.compare_collectives()
         self._group.enter(world)
+        if world.fidelity == "simulated":
+            importlib.import_module("pytest_ranks.launch.fidelity.simulated").install(world.backend)
         if world.fidelity in HOSTED:
             self._take_host().join(world)
         elif world.init and world.rank_variables:

@@ -61,7 +61,7 @@ def world_of(
     return World(
         rank=rank + spec.as_rank,
         world_size=spec.world_size,
-        backend=spec.backend,
+        backend=spec.simulated or spec.backend,
         mesh=spec.mesh,
         fidelity=spec.fidelity,
         init=spec.init,
@@ -71,5 +71,11 @@ def world_of(
         rendezvous=rendezvous,
         shared_tmp_path=str(shared),
         environment=None if pool.devices is None else pool.devices.variables(rank),
-        device="" if pool.devices is None else pool.devices.torch_name(rank),
+        device=_device_name(spec, pool, rank),
     )
+
+
+def _device_name(spec: RankSpec, pool: Pool, rank: int) -> str:
+    if pool.devices is not None:
+        return pool.devices.torch_name(rank)
+    return f"{spec.simulated}:0" if spec.simulated else ""

@@ -17,7 +17,7 @@ SIGNATURE = (
     "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
     "cp=None, ep=None, timeout=None, backend=None, isolate=False, init=True, keep_group=False, "
     "fidelity=None, "
-    "lowest_fidelity=None, as_rank=None, expect_deaths=None)"
+    "lowest_fidelity=None, as_rank=None, device=None, expect_deaths=None)"
 )
 
 
@@ -37,6 +37,7 @@ class RankSpec:
         lowest_fidelity: the lowest fidelity that the test is valid on.
         is_pinned: whether the session has no say in the fidelity.
         as_rank: which rank the body plays at fidelity "fake".
+        device: the accelerator that fidelity "simulated" plays.
         expect_deaths: ranks whose processes have to end, each with the name of the signal or the
             exit code.
     """
@@ -52,12 +53,18 @@ class RankSpec:
     lowest_fidelity: str = ladder.DEFAULT
     is_pinned: bool = False
     as_rank: int = 0
+    device: str = ladder.SIMULATED_DEVICE
     expect_deaths: tuple[tuple[int, str | int], ...] = ()
 
     @property
     def processes(self) -> int:
         """How many processes play the ranks."""
         return 1 if self.fidelity in ladder.HOSTED else self.world_size
+
+    @property
+    def simulated(self) -> str:
+        """The accelerator that is simulated, nothing where none is."""
+        return self.device if self.fidelity == "simulated" else ""
 
     @property
     def is_limited(self) -> bool:
@@ -77,6 +84,7 @@ def ranks(
     fidelity: str | Sequence[str] | None = None,
     lowest_fidelity: str | None = None,
     as_rank: int | None = None,
+    device: str | None = None,
     expect_deaths: Mapping[int, str | int] | None = None,
     **mesh: int | None,
 ) -> tuple[RankSpec, ...]:
@@ -94,6 +102,7 @@ def ranks(
         fidelity: how real the ranks are, or several for one test item each.
         lowest_fidelity: the lowest fidelity that the test is valid on.
         as_rank: which rank the body plays at fidelity "fake", which runs for one only.
+        device: the accelerator that fidelity "simulated" plays.
         expect_deaths: rank -> signal, such as "SIGKILL", or exit code, that has to end its process.
         mesh: sizes of the mesh dimensions `dp`, `tp`, `pp`, `cp`, `ep`, in the order of the mesh.
 
@@ -111,6 +120,7 @@ def ranks(
         raise BadInputError(f"ranks(timeout={timeout!r}): expected a number of seconds above 0.")
     _check_flags(isolate=isolate, init=init, keep_group=keep_group, has_mesh=bool(dimensions))
     levels = ladder.levels(fidelity, lowest_fidelity, backend)
+    simulated = ladder.check_device(device, levels)
     played = ladder.check_as_rank(as_rank, [level.fidelity for level in levels], sizes)
     deaths = _deaths(expect_deaths, min(sizes), keep_group=keep_group)
     ladder.check_deaths(deaths, levels)
@@ -127,6 +137,7 @@ def ranks(
             lowest_fidelity=level.lowest,
             is_pinned=level.is_pinned,
             as_rank=played,
+            device=simulated,
             expect_deaths=deaths,
         )
         for size in sizes
@@ -227,6 +238,7 @@ def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]
             "fidelity",
             "lowest_fidelity",
             "as_rank",
+            "device",
             "expect_deaths",
         ),
     )

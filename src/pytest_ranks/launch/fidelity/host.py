@@ -35,7 +35,8 @@ class Host:
         self._was_kept = self._kept == world.world_size
         if not self._was_kept:
             self._group = group.ProcessGroup()
-            _JOINS[world.fidelity](world)
+            if world.init or world.fidelity == "threads":  # which has to have its threads
+                _JOINS[world.fidelity](world)
         self._kept = world.world_size if world.keep_group else 0
 
     def begin(self, world: World) -> tuple[int, ...]:

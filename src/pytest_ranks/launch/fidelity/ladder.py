@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,13 +14,16 @@ if TYPE_CHECKING:
 
 # What a lower one cannot show, each higher one can; `simulated` is gloo on a device that is not
 # there, so it lies between real processes and real devices.
-FIDELITIES = ("fake", "local_tensor", "threads", "gloo", "device")
+FIDELITIES = ("fake", "local_tensor", "threads", "gloo", "simulated", "device")
 # All ranks in one process; each of the others has a process a rank.
 HOSTED = ("fake", "local_tensor", "threads")
 # A body that runs once for all ranks costs no process a rank: the limit on them does not apply.
 UNLIMITED = ("fake", "local_tensor")
 DEFAULT = "gloo"
 DEVICE_BACKEND = "nccl"
+SIMULATED_DEVICE = "neuron"  # Trainium: torch_neuronx registers it under this name
+# Names of devices that torch has itself; it takes one more in a process.
+_TORCHS_DEVICES = ("cpu", "cuda", "xpu", "mps", "xla", "hpu", "mtia", "meta", "vulkan", "ipu")
 DEVICE_BACKENDS = (DEVICE_BACKEND, "xccl", "neuron")
 
 
@@ -109,6 +113,29 @@ def check_deaths(deaths: Sequence[object], levels: Sequence[Level]) -> None:
             f"ranks(expect_deaths=...): at fidelity {hosted[0]!r} one process plays all ranks, so "
             f"none dies alone; expected lowest_fidelity {DEFAULT!r} or above."
         )
+
+
+def check_device(device: object, levels: Sequence[Level]) -> str:
+    """Return the name of the accelerator that a simulated one plays.
+
+    Raises:
+        BadInputError: it is no name for one, or nothing is simulated.
+    """
+    if device is None:
+        return SIMULATED_DEVICE
+    is_name = isinstance(device, str) and re.fullmatch(r"[a-z_]+", device) is not None
+    if not is_name or device in _TORCHS_DEVICES:
+        raise BadInputError(
+            f"ranks(device={device!r}): expected a name in small letters of an accelerator that "
+            f"torch does not have itself, such as {SIMULATED_DEVICE!r}."
+        )
+    assert isinstance(device, str)
+    if all(level.is_pinned and level.fidelity != "simulated" for level in levels):
+        raise BadInputError(
+            f"ranks(device={device!r}): only fidelity='simulated' names a device; a real one is "
+            "what the backend has."
+        )
+    return device
 
 
 def place(fidelity: str) -> int:

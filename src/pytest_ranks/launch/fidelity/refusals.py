@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -108,10 +109,17 @@ def enforce(fidelity: str, rows: Sequence[Refusal] = REFUSALS) -> None:
 
     Modules that nobody has imported yet get theirs at their import.
     """
-    rows = [row for row in rows if fidelity in row.why]
-    waiting = [row for row in rows if not _apply(row, fidelity)]
-    if waiting:
-        sys.meta_path.insert(0, _AtImport(fidelity, waiting))
+    for row in rows:
+        if fidelity in row.why:
+            at_import(row.module, functools.partial(_apply, row, fidelity))
+
+
+def at_import(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Do something to a module: now, or as soon as it is imported."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AtImport(name, action))
 
 
 def refuse(row: Refusal, fidelity: str) -> Callable[..., Any]:
@@ -124,47 +132,41 @@ def refuse(row: Refusal, fidelity: str) -> Callable[..., Any]:
     return refused
 
 
-def _apply(row: Refusal, fidelity: str) -> bool:
-    """Return whether the module was there."""
-    target: Any = sys.modules.get(row.module)
-    if target is None:
-        return False
+def _apply(row: Refusal, fidelity: str, module: ModuleType) -> None:
+    target: Any = module
     for name in row.path[:-1]:
         target = getattr(target, name, None)
     # A torch without this place is a torch in which the thing fails by itself, or works.
     if target is not None and hasattr(target, row.path[-1]):
         setattr(target, row.path[-1], refuse(row, fidelity))
-    return True
 
 
 class _AtImport:
-    """Finds modules like everybody before it, and puts refusals in force once they are loaded."""
+    """Finds one module like everybody before it, and acts on it once it is loaded."""
 
-    def __init__(self, fidelity: str, rows: Sequence[Refusal]) -> None:
-        self._fidelity = fidelity
-        self._rows = rows
-        self._busy: set[str] = set()
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._action = action
+        self._is_busy = False
 
     def find_spec(
         self, name: str, path: object = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module of ours to watch, with a loader that tells when it is done."""
+        """Return the spec of the module, with a loader that tells when it is done."""
         del path, target
-        rows = [row for row in self._rows if row.module == name]
-        if not rows or name in self._busy:
+        if name != self._name or self._is_busy:
             return None
-        self._busy.add(name)
+        self._is_busy = True
         try:
             found = importlib.util.find_spec(name)
         finally:
-            self._busy.discard(name)
+            self._is_busy = False
         if found is not None and found.loader is not None:
             load = found.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
-                for row in rows:
-                    _apply(row, self._fidelity)
+                self._action(module)
 
             found.loader.exec_module = exec_module  # type: ignore[method-assign]
         return found

@@ -160,7 +160,8 @@ def join(world: World) -> None:
     ours = Crew(world.world_size)
     _crew.append(ours)
     ours.seconds = world.rendezvous.seconds if world.rendezvous is not None else GROUP_SECONDS
-    ours.each(ours.initialise)
+    if world.init:
+        ours.each(ours.initialise)
 
 
 def begin(world: World, *, is_kept: bool) -> tuple[int, ...]:
