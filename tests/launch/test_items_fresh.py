@@ -201,3 +201,59 @@ def test_memory_that_stays_is_warned_of(gpus, monkeypatch) -> None:
 def test_a_fresh_rank_that_fails_is_a_failure(gpus) -> None:
     with RankHost(preload=("torch",)) as host, pytest.raises(RankFailure, match="ZeroDivision"):
         host.run(divmod, world_size=1, backend="nccl", init=False, args=(1, 0))
+
+
+ITEMS_WITH_DEVICES = """
+import os
+import pytest
+import torch.distributed as dist
+
+pytestmark = pytest.mark.ranks(2, backend="nccl", init=False)
+
+
+def test_first(rank, record_property):
+    assert not dist.is_initialized()
+    assert str(rank.device) == f"cuda:{rank.index}"
+    record_property("sees", os.environ["CUDA_VISIBLE_DEVICES"])
+    record_property("pid", os.getpid())
+
+
+def test_second(rank, record_property):
+    record_property("sees", os.environ["CUDA_VISIBLE_DEVICES"])
+    record_property("pid", os.getpid())
+
+
+def test_third(rank, record_property):
+    record_property("sees", os.environ["CUDA_VISIBLE_DEVICES"])
+    open(os.environ["HOLDERS"], "w").write("GPU-33, 4711, 300\\n")
+
+
+@pytest.mark.ranks(4, backend="nccl", init=False)
+def test_more_than_there_are(rank):
+    pass
+"""
+SETTLE_AT_ONCE = """
+import pytest_ranks.hardware.holders as holders
+holders.SETTLE_SECONDS = 0.0
+"""
+
+
+def test_items_get_devices_of_their_own(gpus, run_session) -> None:
+    session = run_session(
+        {"test_it.py": ITEMS_WITH_DEVICES, "at_once.py": SETTLE_AT_ONCE},
+        *("-p", "at_once", "-p", "no:randomly", "-p", "no:rerunfailures"),
+        env={
+            "HOLDERS": str(gpus),
+            "PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    rows = {name: session.call(name) for name in ("test_first", "test_second", "test_third")}
+    assert {row.outcome for row in rows.values()} == {"passed"}, session.output
+    seen = [dict(row.properties)["sees"] for row in rows.values()]
+    assert seen == ["3,1"] * 3
+    pids = [dict(rows[name].properties)["pid"] for name in ("test_first", "test_second")]
+    assert pids[0] != pids[1]  # a process that has used a device serves no other test
+    assert "process 4711 holds 300 MiB of device 3" in session.output
+    skipped = session.call("test_more_than_there_are")
+    assert skipped.outcome == "skipped"
+    assert "backend 'nccl': needs 4 CUDA or ROCm devices, found 3" in skipped.text
