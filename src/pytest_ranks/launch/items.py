@@ -17,7 +17,16 @@ import pytest
 
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, RankTimeout, UnavailableError
-from pytest_ranks.launch import deaths, debug, leftovers, reports, scopes, subtests, tokens
+from pytest_ranks.launch import (
+    deaths,
+    debug,
+    interrupts,
+    leftovers,
+    reports,
+    scopes,
+    subtests,
+    tokens,
+)
 from pytest_ranks.launch.devices import DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.item_record import record_of, record_without_ranks
@@ -160,7 +169,8 @@ class RankItems:
             pool, self._early = self._early or self._take(item), None
             self._warm_next()
             start = time.monotonic()
-            done = self._service.run(request, pool)
+            with interrupts.naming(item.nodeid, request.spec.world_size):
+                done = self._service.run(request, pool)
         except UnavailableError as error:
             if not isinstance(error, DevicesUnavailable):
                 self._service.recover()

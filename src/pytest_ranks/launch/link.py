@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,9 +18,12 @@ from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch.attendant import Attendant
 from pytest_ranks.launch.deadline import TERMINATE_SECONDS
 from pytest_ranks.launch.group import early_variables, scrub_rank_variables
+from pytest_ranks.launch.guardian import JANITOR_SECONDS
 from pytest_ranks.launch.messages import (
+    Born,
     Collect,
     Configure,
+    Ended,
     Exited,
     Fork,
     Forked,
@@ -29,6 +33,7 @@ from pytest_ranks.launch.messages import (
 )
 from pytest_ranks.launch.processes import (
     STACKS_SIGNAL,
+    describe_end,
     has_ended,
     kill_tree,
     read_tail,
@@ -92,7 +97,7 @@ class ZygoteLink:
 
     Args:
         channel: to the zygote.
-        pid: the zygote's process.
+        pid: the zygote's guardian, or itself where it has none.
         log: descriptor of what it writes, to explain an early end.
         reap: takes the exit status from the kernel once the zygote has ended.
         how: one word for how it was started, for debugging.
@@ -108,6 +113,8 @@ class ZygoteLink:
         self._owner = os.getpid()
         self._pid = pid
         self._pidfd = os.pidfd_open(pid)
+        self._zygote: int | None = None  # pidfd of the process below its guardian, once known
+        self._status: int | None = None  # how that process ended
         self._log = log
         self._reap = reap
         self._labels = itertools.count()
@@ -253,6 +260,12 @@ class ZygoteLink:
         except ChannelClosed:
             raise self._ended() from None
         for message, descriptors in messages:
+            if isinstance(message, Born):
+                (self._zygote,) = descriptors
+                continue
+            if isinstance(message, Ended):
+                self._status = message.status
+                raise self._ended()
             handle = self._handles.get(message.label)
             if isinstance(message, Forked):
                 if handle is None:
@@ -290,7 +303,10 @@ class ZygoteLink:
     def stacks(self) -> str:
         """Return what the zygote is doing, as Python stacks."""
         before = os.fstat(self._log).st_size
-        send_signal(self._pidfd, STACKS_SIGNAL)
+        with contextlib.suppress(UnavailableError):
+            self.pump()
+        if self._zygote is not None:
+            send_signal(self._zygote, STACKS_SIGNAL)
         end = time.monotonic() + STACKS_SECONDS
         while os.fstat(self._log).st_size == before and time.monotonic() < end:
             time.sleep(0.02)
@@ -312,11 +328,13 @@ class ZygoteLink:
             self.forget(handle)
         if os.getpid() == self._owner:
             if not has_ended(self._pidfd, timeout=END_SECONDS):
+                send_signal(self._pidfd, signal.SIGTERM)  # the guardian then ends all below it
+            if not has_ended(self._pidfd, timeout=END_SECONDS + JANITOR_SECONDS):
                 kill_tree(self._pid, self._pidfd)
             with contextlib.suppress(ChildProcessError):
                 self._reap()
-        os.close(self._pidfd)
-        os.close(self._log)
+        for fd in (self._pidfd, self._log, *(() if self._zygote is None else (self._zygote,))):
+            os.close(fd)
 
     def _send(self, message: object, descriptors: tuple[int, ...] = ()) -> None:
         try:
@@ -325,8 +343,14 @@ class ZygoteLink:
             raise self._ended() from None
 
     def _ended(self) -> UnavailableError:
+        if self._status is None:
+            with contextlib.suppress(ChannelClosed):
+                told = self.channel.receive_all()
+                found = [one.status for one, _ in told if isinstance(one, Ended)]
+                self._status = found[0] if found else None
+        how = "ended" if self._status is None else describe_end(self._status)
         return UnavailableError(
-            f"the process that ranks are forked from ended. It wrote: "
+            f"the process that ranks are forked from {how}. It wrote: "
             f"{read_tail(self._log).strip() or 'nothing'}"
         )
 

@@ -89,6 +89,20 @@ class Fork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Born:
+    """The zygote exists, below its guardian; its pidfd comes along."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The zygote has ended, its guardian says: an exit code or -signal."""
+
+    status: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forked:
     """A rank process exists; its pidfd comes along.
 

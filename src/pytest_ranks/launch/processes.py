@@ -63,6 +63,8 @@ def descendants(pid: int) -> list[int]:
 def kill_tree(pid: int, pidfd: int) -> None:
     """Kill a recorded process and everything below it, wherever that has put itself.
 
+    Janitors are left to end by themselves.
+
     Args:
         pid: the process, not yet reaped or protected by its pidfd.
         pidfd: its descriptor, so that no later process of that number is hit.
@@ -72,8 +74,23 @@ def kill_tree(pid: int, pidfd: int) -> None:
     below = descendants(pid)
     send_signal(pidfd, signal.SIGKILL)
     for other in below:
-        with contextlib.suppress(OSError):
-            os.kill(other, signal.SIGKILL)
+        if not is_janitor(other):
+            with contextlib.suppress(OSError):
+                os.kill(other, signal.SIGKILL)
+
+
+# They end by themselves when those are gone for whom they work, and remove what those left in
+# /dev/shm: multiprocessing's resource tracker, and the one of torch's file_system sharing.
+_JANITORS = (b"multiprocessing.resource_tracker", b"torch_shm_manager")
+
+
+def is_janitor(pid: int) -> bool:
+    """Return whether a process is there to clean up after others."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(name in command for name in _JANITORS)
 
 
 def has_ended(pidfd: int, *, timeout: float = 0) -> bool:

@@ -41,10 +41,11 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
 
         def serve(channel: Channel, controller: int, log: int) -> NoReturn:
             from pytest_ranks.launch import session as rank_session
-            from pytest_ranks.launch.zygote import Ends, start_guardian
+            from pytest_ranks.launch.guardian import start_guardian
+            from pytest_ranks.launch.zygote import Ends
 
             ends = Ends(channel=channel, controller=controller, log=log)
-            start_guardian(ends)
+            start_guardian(channel, controller)
             rank_session.serve(session, ends)
 
         link = ZygoteLink.start_forked(serve)

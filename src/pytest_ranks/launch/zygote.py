@@ -9,7 +9,6 @@ it along.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import io
 import os
@@ -25,17 +24,15 @@ from pytest_ranks.launch.group import (
     early_variables,
     scrub_rank_variables,
 )
+from pytest_ranks.launch.guardian import end_everything_below, start_guardian
 from pytest_ranks.launch.messages import Collect, Exited, Fork, Forked, OpenStore, Prepare
 from pytest_ranks.launch.preparation import prepare
 from pytest_ranks.launch.processes import (
     STACKS_SIGNAL,
     become_subreaper,
     children,
-    descendants,
     die_with_parent,
-    has_ended,
     native_threads,
-    send_signal,
 )
 from pytest_ranks.launch.rank import ItemRunner, Rank
 from pytest_ranks.launch.startline import StartLine
@@ -46,8 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_ranks.launch.asides import Measure
-
-GUARDIAN_SECONDS = 2.0  # what a zygote has to see for itself that its controller is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +83,7 @@ class Zygote:
         self._items = items
         self._coverage: Measure | None = None
         self._ranks: dict[int, tuple[int, int]] = {}  # pidfd -> (pid, label)
-        self._helpers = set(children(os.getpid()))  # pids of the guardian and the stores
+        self._helpers = set(children(os.getpid()))  # pids of the stores
 
     def serve(self) -> NoReturn:
         """Answer the controller until it goes, then end with everything below."""
@@ -106,9 +101,7 @@ class Zygote:
 
     def end(self) -> NoReturn:
         """Kill all that descends from this process and leave."""
-        for pid in descendants(os.getpid()):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        end_everything_below(is_patient=False)  # the guardian waits for those that clean up
         os._exit(0)
 
     def _wait(self) -> None:
@@ -196,49 +189,10 @@ class Zygote:
         pid, label = self._ranks.pop(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
-        with contextlib.suppress(OSError):
-            os.killpg(pid, signal.SIGKILL)  # what it started and left in its group
         self._channel.send(Exited(label=label, status=os.waitstatus_to_exitcode(status)))
-        self._kill_orphans()
-
-    def _kill_orphans(self) -> None:
-        """Once no rank is left, kill what dead ranks left behind, and reap it."""
-        if self._ranks:
-            return
-        for pid in children(os.getpid()):
-            if pid not in self._helpers:
-                for below in (*descendants(pid), pid):
-                    with contextlib.suppress(OSError):
-                        os.kill(below, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-
-
-def start_guardian(ends: Ends) -> None:
-    """Fork a process that ends this one, with all below, should it outlive its controller.
-
-    A zygote that hangs in an import cannot see for itself that its controller is gone.
-    """
-    zygote = os.getpid()
-    pidfd = os.pidfd_open(zygote)
-    if os.fork() != 0:
-        os.close(pidfd)
-        return
-    try:
-        os.setsid()
-        ends.channel.close()
-        poll = select.poll()
-        for fd in (ends.controller, pidfd):
-            poll.register(fd, select.POLLIN)
-        poll.poll()
-        if not has_ended(pidfd, timeout=GUARDIAN_SECONDS):
-            below = [pid for pid in descendants(zygote) if pid != os.getpid()]
-            send_signal(pidfd, signal.SIGKILL)
-            for pid in below:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-    finally:
-        os._exit(0)
+        # Each living rank is the subreaper of what is below it: any other child is of a dead one.
+        ranks = {pid for pid, _ in self._ranks.values()}
+        end_everything_below(spared=ranks | self._helpers, is_patient=False)
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -248,7 +202,7 @@ def main(arguments: list[str]) -> NoReturn:
     ends = Ends(
         channel=Channel.from_fd(int(arguments[0])), controller=int(arguments[1]), log=os.dup(2)
     )
-    start_guardian(ends)
+    start_guardian(ends.channel, ends.controller)
     if arguments[2:] == ["--pytest"]:
         from pytest_ranks.launch.session import become, serve
 

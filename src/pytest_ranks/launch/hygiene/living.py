@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat_state
 from pytest_ranks.launch.hygiene.trait import show
-from pytest_ranks.launch.processes import children, descendants, is_running
+from pytest_ranks.launch.processes import children, descendants, is_janitor, is_running
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -58,7 +58,9 @@ class Children:
         except ChildProcessError:
             return {}
         services = _compat_state.service_pids()
-        return {pid: pid for pid in children(os.getpid()) if pid not in services}
+        return {
+            pid: pid for pid in children(os.getpid()) if pid not in services and not is_janitor(pid)
+        }
 
     def remaining(self, keys: set[Hashable]) -> Mapping[Hashable, Any]:
         """Return what of this still runs, with its command."""
