@@ -380,7 +380,24 @@ def missed_in_a_function():
         reduce_one()
 
 
+def without_a_store():
+    with inject_faults() as faults:
+        faults.drop_store()
+    try:
+        dist.new_group()
+    except RuntimeError:
+        return reduce_one()
+
+
+def hangs_in_a_function():
+    with inject_faults() as faults:
+        faults.hang(rank=1)
+
+
 def test_functions(launch):
+    assert launch(without_a_store, world_size=2) == [2, 2]
+    with pytest.raises(RankFailure, match=r"after faults.hang\\(rank=1\\) at once"):
+        launch(hangs_in_a_function, world_size=2)
     with pytest.raises(RankFailure) as caught:
         launch(killed_in_a_function, world_size=2)
     assert caught.value.rank == 1

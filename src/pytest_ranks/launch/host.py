@@ -21,7 +21,15 @@ from pytest_ranks.launch.devices import DeviceDesk
 from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
-from pytest_ranks.launch.messages import Prepare, Raised, Rendezvous, Returned, RunFunction, World
+from pytest_ranks.launch.messages import (
+    Injected,
+    Prepare,
+    Raised,
+    Rendezvous,
+    Returned,
+    RunFunction,
+    World,
+)
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.spec import BACKENDS, check_environment, check_run
 
@@ -152,8 +160,16 @@ class RankHost:
                     device="" if devices is None else devices.torch_name(rank),
                 )
 
+            def on_injected(fault: Injected) -> None:
+                if fault.kind == "drop_store" and rendezvous is not None:
+                    self._link.close_store(rendezvous.port)
+
             return self._run(
-                lambda rank: make(world(rank)), world_size, timeout, fresh=devices is not None
+                lambda rank: make(world(rank)),
+                world_size,
+                timeout,
+                fresh=devices is not None,
+                on_injected=on_injected,
             )
 
     @contextlib.contextmanager
@@ -189,6 +205,7 @@ class RankHost:
         timeout: float,
         *,
         fresh: bool,
+        on_injected: Callable[[Injected], None],
     ) -> list[Any]:
         __tracebackhide__ = True
         ranks = Ranks(self._link, world_size, fresh=fresh)
@@ -198,6 +215,7 @@ class RankHost:
                 is_last=lambda message: isinstance(message, Returned | Raised),
                 is_failure=lambda message: isinstance(message, Raised),
                 timeout=timeout,
+                on_injected=on_injected,
             )
             if all(run.done for run in runs):
                 ranks.leave()
