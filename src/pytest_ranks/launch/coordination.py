@@ -44,10 +44,10 @@ class Pong:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """The answer to `Prepare`: whether the pool's rank was kept here and lives."""
+    """The answer to `Prepare`: whether the pool's rank process, old or new, lives."""
 
     pool: int
-    was_kept: bool
+    lives: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Ping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
-    """Have the rank process of this pool ready."""
+    """Fork the rank process of a new pool; tell whether that of an old one lives."""
 
     pool: int
 

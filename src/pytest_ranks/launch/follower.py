@@ -68,6 +68,7 @@ class Follower:
         self._line = line
         self._service = service
         self._pools: dict[int, Ranks] = {}
+        self._gone: set[int] = set()  # pools whose rank ended with the zygote
         self._backlog: list[Any] = []
 
     def serve(self) -> int:
@@ -95,13 +96,22 @@ class Follower:
         if isinstance(message, Ping):
             self._line.send(Pong(now=time.monotonic()))
         elif isinstance(message, Prepare):
-            kept = self._pools.get(message.pool)
-            was_kept = kept is not None and kept.is_alive()
-            self._line.send(Prepared(pool=message.pool, was_kept=was_kept))
+            self._line.send(Prepared(pool=message.pool, lives=self._prepare(message.pool)))
         elif isinstance(message, Run):
             self._line.send(Result(number=message.number, run=self._run(message)))
         elif isinstance(message, Retire):
             self._retire(message.pool)
+
+    def _prepare(self, pool: int) -> bool:
+        """Return whether the rank process of a pool lives, forked now where the pool is new."""
+        if pool in self._gone:
+            return False
+        try:
+            if pool not in self._pools:
+                self._pools[pool] = Ranks(self._service.link, 1)
+            return self._pools[pool].is_alive()
+        except UnavailableError:  # the run meets it again, and tells
+            return True
 
     def _run(self, order: Run) -> RankRun:
         rank0 = _RankZero(self._line, order)
@@ -120,6 +130,7 @@ class Follower:
                 on_injected=rank0.tell_fault,
             )
         except UnavailableError as error:
+            self._gone |= set(self._pools)
             self._pools.clear()
             self._service.recover()
             rank0.tell_failure()

@@ -247,15 +247,24 @@ class Hub:
                 self.lose(member, LineLost(f"its pytest ended: {message.reason}"))
         return found
 
-    def ask(self, member: Member, message: object, kind: type) -> Any:
-        """Return a rank's answer of this kind, None where it gave none; older ones are dropped."""
-        self.send(member, message)
-        return self._await(member, kind, time.monotonic() + ANSWER_SECONDS)
+    def ask(self, member: Member, message: object, kind: type, **fields: object) -> Any:
+        """Return a rank's answer, None where it gave none; what came before it is dropped.
 
-    def _await(self, member: Member, kind: type, end: float) -> Any:
+        Args:
+            member: who is asked.
+            message: the question.
+            kind: of the answer.
+            fields: what the answer says of itself, where a late one to another may come.
+        """
+        self.send(member, message)
+        return self._await(member, kind, time.monotonic() + ANSWER_SECONDS, **fields)
+
+    def _await(self, member: Member, kind: type, end: float, **fields: object) -> Any:
         while member.loss is None:
             for found in self.hear(member):
-                if isinstance(found, kind):
+                if isinstance(found, kind) and all(
+                    getattr(found, name) == value for name, value in fields.items()
+                ):
                     return found
             left = end - time.monotonic()
             if left <= 0:

@@ -50,6 +50,9 @@ class SpreadRanks(Ranks):
         self._members = members
         self._pool = hub.next_number()
         self._own = Ranks(link, 1)
+        self._ended: list[str] = []  # of the others
+        for member in members:  # so that all are forked at the same time
+            hub.send(member, Prepare(pool=self._pool))
         self._timeout = 0.0
         self._late: list[RankRun] = []  # of the last run, those that were stopped at its deadline
         nodes = {hub.hello.node, *(member.hello.node for member in members)}
@@ -69,18 +72,21 @@ class SpreadRanks(Ranks):
         return self._own.look()
 
     def ends(self) -> list[str]:
-        """Return how those of our own processes ended that have."""
-        return self._own.ends()
+        """Return which ranks have ended, as far as that is known."""
+        return [*self._own.ends(), *self._ended]
 
     def is_alive(self) -> bool:
         """Return whether all processes live, on all machines."""
         if not self._own.is_alive():
             return False
-        for member in self._members:
-            answer = self._hub.ask(member, Prepare(pool=self._pool), Prepared)
-            if answer is None or not answer.was_kept:
-                return False
-        return True
+        for index, member in enumerate(self._members, start=1):
+            question = Prepare(pool=self._pool)
+            answer = self._hub.ask(member, question, Prepared, pool=self._pool)
+            if answer is None or not answer.lives:
+                what = "was lost" if answer is None else "ended"
+                node = self._hub.label(member.hello.node)
+                self._ended.append(f"rank {index} on node {node} {what}")
+        return not self._ended
 
     def run(
         self,
