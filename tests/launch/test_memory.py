@@ -81,6 +81,11 @@ def test_a_kill_shows_in_the_events_of_version_2(version_2):
     )
 
 
+def test_the_largest_number_of_pages_is_no_limit(version_1):
+    (version_1 / "sys/fs/cgroup/memory/jobs/memory.limit_in_bytes").unlink()
+    assert MemoryGroup(version_1).limit() is None
+
+
 def test_a_container_sees_its_group_at_the_mount(tmp_path):
     root = fake(
         tmp_path,

@@ -1,38 +1,80 @@
-"""What the controller sees of ranks at work, where one dies while it is looked at."""
+"""The witness of a rank and the observer that asks it, over a real socket in one process."""
 
 from __future__ import annotations
 
 import os
-import select
 import socket
 import threading
+from dataclasses import dataclass
 
-from pytest_ranks.launch.link import RankHandle
+import pytest
+
 from pytest_ranks.launch.sight import Observer
-from pytest_ranks.launch.wire import Channel
+from pytest_ranks.launch.witness import HEADER, REQUEST, Witness
+
+SECONDS = 60.0
 
 
-def test_a_rank_that_dies_with_our_question_unread_is_left_out() -> None:
+@dataclass
+class Handle:
+    rank: int
+    witness: int | None
+
+
+@pytest.fixture
+def pair():
     ours, theirs = socket.socketpair()
-    channel, other = socket.socketpair()
-    handle = RankHandle(
-        label=0, rank=0, channel=Channel(channel), output=os.dup(2), stacks=os.dup(2)
-    )
-    handle.witness = ours.fileno()
+    with ours, theirs:
+        yield ours, theirs
 
-    def die_unread() -> None:
-        poll = select.poll()
-        poll.register(theirs, select.POLLIN)
-        poll.poll()
-        theirs.close()  # the kernel then resets the connection
 
-    thread = threading.Thread(target=die_unread)
+def test_a_witness_tells_where_the_main_thread_is_and_threading_does_not_see_it():
+    before = threading.enumerate()
+    descriptor = Witness().start()
+    try:
+        sight = Observer([Handle(0, descriptor)]).look(records=False, seconds=SECONDS)[0]
+    finally:
+        os.close(descriptor)
+    assert threading.enumerate() == before
+    functions = [function for _, _, function in sight.frames]
+    assert functions[0] == "look"
+    here = test_a_witness_tells_where_the_main_thread_is_and_threading_does_not_see_it
+    assert here.__name__ in functions
+    assert sight.call == "poll"
+    assert not sight.is_waiting
+
+
+def test_a_rank_that_dies_with_the_question_unread_is_left_out(pair):
+    ours, theirs = pair
+    died = threading.Timer(0.2, theirs.close)
+    died.start()
+    try:
+        assert Observer([Handle(0, ours.fileno())]).look(records=False, seconds=SECONDS) == {}
+    finally:
+        died.join()
+
+
+def test_a_rank_that_is_gone_or_not_there_yet_is_not_waited_for(pair):
+    ours, theirs = pair
+    theirs.close()
+    handles = [Handle(0, ours.fileno()), Handle(1, None)]
+    assert Observer(handles).look(records=True, seconds=SECONDS) == {}
+
+
+def test_a_late_answer_to_an_earlier_question_is_not_taken_for_a_new_one(pair):
+    ours, theirs = pair
+    observer = Observer([Handle(0, ours.fileno())])
+    assert observer.look(records=False, seconds=0.05) == {}  # it does not answer in time
+    late, early = b'{"call": "late"}', b'{"call": "right"}'
+
+    def answer() -> None:
+        for number, body in ((1, late), (2, early)):
+            theirs.recv(REQUEST.size)
+            theirs.sendall(HEADER.pack(number, len(body)) + body)
+
+    thread = threading.Thread(target=answer)
     thread.start()
     try:
-        assert Observer([handle]).look(records=True, seconds=60) == {}
+        assert observer.look(records=False, seconds=SECONDS)[0].call == "right"
     finally:
         thread.join()
-        ours.close()
-        other.close()
-        handle.witness = None
-        handle.close()

@@ -58,19 +58,20 @@ class Witness:
         return ours.detach()
 
     def _serve(self, end: socket.socket) -> None:
-        while len(request := end.recv(REQUEST.size, socket.MSG_WAITALL)) == REQUEST.size:
-            verb, number = REQUEST.unpack(request)
-            try:
-                answer = self._look()
-                if verb == RECORDS:
-                    answer |= self._records()
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            data = json.dumps(answer, default=str).encode()
-            try:
-                end.sendall(HEADER.pack(number, len(data)) + data)
-            except OSError:
-                return
+        with end:
+            while len(request := end.recv(REQUEST.size, socket.MSG_WAITALL)) == REQUEST.size:
+                verb, number = REQUEST.unpack(request)
+                data = json.dumps(self._answer(verb), default=str).encode()
+                try:
+                    end.sendall(HEADER.pack(number, len(data)) + data)
+                except OSError:
+                    return
+
+    def _answer(self, verb: bytes) -> dict[str, Any]:
+        try:
+            return self._look() | (self._records() if verb == RECORDS else {})
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
 
     def _look(self) -> dict[str, Any]:
         frames = sys._current_frames()
