@@ -589,3 +589,43 @@ def test_a_failure_of_its_own_comes_before_a_leak(strict):
 def test_strict_hygiene_fails_nothing_else(strict):
     bad = {row.id.rpartition("::")[2] for row in strict.rows if row.outcome == "failed"}
     assert bad == {*FAILING, "test_fails_and_leaks"}, strict.output
+
+
+REUSED = """
+import os, threading
+import pytest
+
+pytestmark = pytest.mark.ranks(2)
+
+
+@pytest.fixture(autouse=True)
+def noted(rank, record_property):
+    assert "A" not in os.environ
+    record_property("pid", os.getpid())
+
+
+def test_fails():
+    os.environ["A"] = "1"
+    raise ValueError
+
+
+def test_has_the_same_ranks():
+    pass
+
+
+def test_fails_and_leaves_a_thread():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    raise ValueError
+
+
+def test_has_others():
+    pass
+"""
+
+
+def test_ranks_that_hold_something_are_replaced_also_where_failures_are_no_reason(run_session):
+    arguments = ("-p", "no:randomly", "-o", "ranks_reuse_after_failure=true")
+    session = run_session({"test_reused.py": REUSED}, *arguments)
+    names = ("test_fails", "test_has_the_same_ranks", "test_fails_and_leaves_a_thread")
+    pids = [dict(session.of(name)[1].properties)["pid"] for name in (*names, "test_has_others")]
+    assert pids[0] == pids[1] == pids[2] != pids[3]

@@ -174,7 +174,7 @@ class RankItems:
         except UnavailableError as error:
             if not isinstance(error, DevicesUnavailable):
                 self._service.recover()
-            pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
+            raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
         seconds = time.monotonic() - start
         forward_warnings(self._config, done.runs)
         subtests.note(item, done.runs)
@@ -196,8 +196,7 @@ class RankItems:
         is_strict = options.settings(self._config).strict_hygiene
         decided = leftovers.judge(item, decided, done.runs, is_strict=is_strict)
         is_dirty = leftovers.is_dirty(done.runs) or unfold.is_spent(item, request.spec)
-        is_clean = decided.is_clean and not is_dirty
-        errors = self._service.settle(request, done, is_clean=is_clean)
+        errors = self._service.settle(request, done, is_clean=decided.is_clean, is_dirty=is_dirty)
         decided.sections.extend(done.remarks)
         if errors:
             decided.fail_teardown(item, errors)

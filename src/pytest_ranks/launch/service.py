@@ -233,8 +233,17 @@ class RankService:
             for port in ports:
                 self._link.close_store(port)
 
-    def settle(self, request: ItemRequest, done: ItemRun, *, is_clean: bool) -> list[str]:
-        """Keep the pool where that is safe, else end it; return what its last teardowns raised."""
+    def settle(
+        self, request: ItemRequest, done: ItemRun, *, is_clean: bool, is_dirty: bool = False
+    ) -> list[str]:
+        """Keep the pool where that is safe, else end it; return what its last teardowns raised.
+
+        Args:
+            request: the item.
+            done: what the ranks made of it.
+            is_clean: whether it left the ranks as a test that passed does.
+            is_dirty: whether it left behind what cannot be put back.
+        """
         assert self._pools is not None
         pool, key = done.pool, request.key
         if not all(run.done for run in done.runs):
@@ -246,7 +255,7 @@ class RankService:
             self._settings.reuse_after_failure and not key.has_fixtures
         )
         is_injected = any(isinstance(said, Injected) for run in done.runs for said in run.messages)
-        if may_serve and not is_injected and not is_alone(request.spec):
+        if may_serve and not (is_injected or is_dirty) and not is_alone(request.spec):
             pool.group_is_clean = reason is None and is_clean
             if reason is not None and is_clean:
                 text = f"not proven clean, so the next test gets a fresh one: {reason}"

@@ -116,7 +116,7 @@ class RankSession:
         errors = self._leave_scopes_of_others(item)
         self._debugger.enter(request.world.rank, request.world.world_size)
         self._request, self._sections = request, ()
-        self._watch.begin()
+        self._watch.begin(has_device=request.world.device_name != "cpu")
         try:
             self._config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         finally:

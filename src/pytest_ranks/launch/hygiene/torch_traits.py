@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+CUDA = "CUDA initialised:"
 _DEVICES = ("cpu", "cuda")
 _TINY = [5e-324]  # in a list, so that the compiler does not compute with it
 
@@ -81,7 +82,7 @@ def _of_backends() -> Iterable[Trait]:
         write=_write_precision,
         tell=tell_mapping("precision of float32"),
     )
-    yield Trait(name="CUDA initialised:", read=torch.cuda.is_initialized)
+    yield Trait(name=CUDA, read=torch.cuda.is_initialized)
 
 
 def _of_processes() -> Iterable[Trait]:

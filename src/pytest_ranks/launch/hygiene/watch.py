@@ -56,6 +56,7 @@ class StateWatch:
         self._versions = [trait.version and trait.version() for trait in self._traits]
         self._before: list[set[Hashable]] = [set() for _ in self._kinds]
         self._started: dict[int, Any] = {}  # trait -> its value when the test began
+        self._has_device = False
         self._wide: list[_Wide] = []
         self._owed: list[dict[Hashable, str]] = [{} for _ in self._kinds]
         self._ended: dict[int, str] = {}  # trait -> whose teardown should have put it back
@@ -63,8 +64,13 @@ class StateWatch:
 
     # ---- a test
 
-    def begin(self) -> None:
-        """Note what is there before a test; what was set for this run is no leak of it."""
+    def begin(self, *, has_device: bool = False) -> None:
+        """Note what is there before a test; what was set for this run is no leak of it.
+
+        Args:
+            has_device: whether the rank has a device, so that its use is no leak.
+        """
+        self._has_device = has_device
         for number, trait in enumerate(self._traits):
             if trait.version is not None and (now := trait.version()) != self._versions[number]:
                 self._versions[number] = now
@@ -101,7 +107,8 @@ class StateWatch:
             if is_same(before, now):
                 continue
             started, texts = self._started.get(number, before), list[str]()
-            if trait.is_told and not is_same(started, now):
+            is_told = trait.is_told and not (self._has_device and trait.name == torch_traits.CUDA)
+            if is_told and not is_same(started, now):
                 texts = list(trait.describe(started, now))  # before `now` is changed back
             is_restored = self._restore(trait, before)
             whose = _from_fixtures([self._ended[number]] if number in self._ended else ())
