@@ -30,6 +30,15 @@ def resume_capture(config: pytest.Config) -> None:
         manager.resume()
 
 
+def without_capture(config: pytest.Config) -> contextlib.AbstractContextManager[None]:
+    """Return a block in which 1 and 2 are the terminal (`CaptureManager`, no public way)."""
+    manager = config.pluginmanager.get_plugin("capturemanager")
+    if manager is None:
+        return contextlib.nullcontext()
+    block: contextlib.AbstractContextManager[None] = manager.global_and_fixture_disabled()
+    return block
+
+
 def capture_ends(config: pytest.Config) -> list[tuple[int, int]]:
     """Return what suspending the capture gives back: pairs of 0, 1 or 2 and a descriptor.
 

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from pytest_ranks import _compat_terminal
+
 if TYPE_CHECKING:
     import pytest
 
@@ -103,15 +105,22 @@ class Display:
             self._read.pop(handle.label, None)
 
     def _write(self, rank: int, text: str) -> None:
-        if (reporter := self._config.pluginmanager.get_plugin("terminalreporter")) is not None:
-            reporter.ensure_newline()
         stream = sys.__stdout__
-        if stream is not None:
+        if stream is None:
+            return
+        with _compat_terminal.without_capture(self._config):
+            reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+            if reporter is not None:
+                reporter.ensure_newline()
             stream.write("".join(f"[rank {rank}] {line}\n" for line in text.split("\n")))
             stream.flush()
 
 
 def is_shown(config: pytest.Config) -> bool:
     """Return whether what tests write goes to the terminal at once."""
-    has_capture = config.pluginmanager.has_plugin("capturemanager")
-    return not has_capture or config.option.capture in ("no", "tee-sys")
+    manager = config.pluginmanager
+    has_capture = manager.has_plugin("capturemanager")
+    has_live_log = manager.has_plugin("logging-plugin") and (
+        config.getini("log_cli") or config.getoption("log_cli_level", None) is not None
+    )
+    return not has_capture or has_live_log or config.option.capture in ("no", "tee-sys")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ATTACHED = "ranks-attached"  # the plugin of a session that a launcher started once a rank
 _SIGN = b"mark.ranks"
+# Options that only show what there is: --collect-only and its relatives.
+_RUN_NOTHING = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")
 # A tree of more files than this is not scanned to its end: ranks then start at their first item.
 MOST_FILES = 3000
 
@@ -56,7 +58,9 @@ def after_collection(session: pytest.Session) -> None:
 def _may_run(session: pytest.Session) -> bool:
     config = session.config
     # the plugin of that name makes a session the zygote's, where items run for real
-    return not (config.pluginmanager.has_plugin("ranks-session") or config.option.collectonly)
+    if config.pluginmanager.has_plugin("ranks-session"):
+        return False
+    return not any(getattr(config.option, name, False) for name in _RUN_NOTHING)
 
 
 def _has_torch() -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -230,6 +231,9 @@ class RankSession:
             self._fail(phase)
         else:
             self._phases.append(phase)
+            if phase.when == "setup" and self._config.getoption("setuponly", False):
+                # pytest leaves the call out; the controller expects it to be told of
+                self._phases.append(replace(phase, when="call", report=_report_of_call(phase)))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -350,6 +354,11 @@ def _phase(
         place=collective_of(error),
         lost=tuple(lost),
     )
+
+
+def _report_of_call(setup: Phase) -> dict[str, Any]:
+    """Return the report of a call that passed without being run."""
+    return {**setup.report, "when": "call"}
 
 
 def _plain(value: object) -> object:
