@@ -17,6 +17,8 @@ RECORDER = """
 import json, os
 import pytest
 
+os.environ.setdefault("PID_OF_PYTEST", str(os.getpid()))  # ranks inherit it
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
     row = {

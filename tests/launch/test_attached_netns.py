@@ -79,7 +79,7 @@ KILL = (
 def test_node_dies(rank):
     dist.barrier()
     if rank.index == 3:
-        agent = parent(parent(os.getppid()))  # rank <- zygote <- pytest <- torchrun
+        agent = parent(int(os.environ["PID_OF_PYTEST"]))  # torchrun started pytest
         for pid in [agent, *descendants(agent)]:
             if pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
