@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,11 @@ def reported(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, "test_recovery.py"],
         cwd=folder,
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTEST_", "RANKS_"))
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
