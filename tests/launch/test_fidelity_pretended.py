@@ -296,6 +296,24 @@ def test_failures_say_whom_the_body_stood_for(found):
     assert ["Captured stdout call (rank 0)", "seen\n"] in row.sections
 
 
+@pytest.mark.parametrize("fidelity", ["fake", "local_tensor"])
+def test_the_process_serves_the_next_test(run_session, fidelity):
+    text = f"""
+import os, pytest, torch
+import torch.distributed as dist
+
+@pytest.mark.parametrize("turn", [1, 2])
+@pytest.mark.ranks(4, fidelity="{fidelity}")
+def test_it(rank, turn, record_property):
+    dist.all_reduce(torch.ones(2))
+    record_property("pid", os.getpid())
+"""
+    found = run_session({"test_it.py": text}, "-p", "no:randomly")
+    pids = {dict(found.call(f"test_it[{turn}]").properties)["pid"] for turn in (1, 2)}
+    assert len(pids) == 1
+    assert "left behind" not in found.output
+
+
 def test_hangs_end_with_stacks(found):
     text = found.call("test_hangs").text
     head = "fidelity local_tensor: timed out after 2 s: the body of all 4 ranks was in test_hangs"

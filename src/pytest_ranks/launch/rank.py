@@ -274,8 +274,7 @@ class Rank:
             self._channel.send(Returned(value=value))
             return
         assert self._items is not None
-        with self._around(request.world):
-            finished = self._items.run(request, self._fail)
+        finished = self._items.run(request, self._fail)
         if self._held:
             self._release()
         finished = replace(finished, sequence=self._group.sequence())
@@ -323,12 +322,6 @@ class Rank:
 
             self._host = Host()
         return self._host
-
-    def _around(self, world: World) -> contextlib.AbstractContextManager[Any]:
-        """Return what surrounds the fixtures and the body of a test."""
-        if world.fidelity in HOSTED:
-            return self._take_host().around(world)
-        return contextlib.nullcontext()
 
     def _call(self, request: RunFunction) -> bytes:
         for entry in request.sys_path:

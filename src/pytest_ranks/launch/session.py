@@ -19,6 +19,7 @@ from pytest_ranks.launch import coverage
 from pytest_ranks.launch.asides import Subtest
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.debugger import RankDebugger
+from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.hygiene.watch import StateWatch
 from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
 from pytest_ranks.launch.output import flush_everything, write_by_lines
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from pytest_ranks.launch.fidelity.thread_items import ThreadItems
-    from pytest_ranks.launch.messages import Configure
+    from pytest_ranks.launch.messages import Configure, World
     from pytest_ranks.launch.wire import Channel
     from pytest_ranks.launch.zygote import Ends
 
@@ -162,9 +163,12 @@ class RankSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
         """Run the item without reporting it: no reruns, no log hooks; wrappers stay in force."""
-        if self._request is not None and self._request.world.fidelity == "threads":
+        assert self._request is not None
+        world = self._request.world
+        if world.fidelity == "threads":
             self._run_on_threads(item, self._request)
-        else:
+            return True
+        with _surroundings(world):
             _compat.run_protocol(item, nextitem)
         return True
 
@@ -264,6 +268,15 @@ class RankSession:
                 location=location,
             )
         )
+
+
+def _surroundings(world: World) -> contextlib.AbstractContextManager[Any]:
+    """Return what surrounds an item where one body stands for several ranks."""
+    if world.fidelity not in HOSTED:
+        return contextlib.nullcontext()
+    from pytest_ranks.launch.fidelity.host import around
+
+    return around(world)
 
 
 def serve(session: pytest.Session, ends: Ends) -> NoReturn:

@@ -48,9 +48,10 @@ class Host:
         rank.set_current(rank.context_of(world, self._group))
         return ()
 
-    def around(self, world: World) -> contextlib.AbstractContextManager[Any]:
-        """Return the context that the fixtures and the body of a test run in."""
-        return _AROUND[world.fidelity](world)
+
+def around(world: World) -> contextlib.AbstractContextManager[Any]:
+    """Return the context that the fixtures and the body of a test run in."""
+    return _AROUND[world.fidelity](world)
 
 
 def _join_fake(world: World) -> None:

@@ -30,16 +30,21 @@ def join(world: World) -> None:
     """Initialise the default group, whose collectives the mode takes over."""
     import torch.distributed as dist
 
+    _mode()  # its import takes seconds, which are not the test's
     fake.join(world)
     _compat_fidelity.replace_everywhere(dist.get_rank, "get_rank", _refuse_number)
 
 
 def around(world: World) -> AbstractContextManager[Any]:
     """Return the context that a test's fixtures and body run in."""
-    mode: AbstractContextManager[Any] = _compat_fidelity.find(
-        "local_tensor", "torch.distributed._local_tensor", "LocalTensorMode"
-    )(world.world_size)
+    mode: AbstractContextManager[Any] = _mode()(world.world_size)
     return mode
+
+
+def _mode() -> Any:
+    return _compat_fidelity.find(
+        "local_tensor", "torch.distributed._local_tensor", "LocalTensorMode"
+    )
 
 
 def _refuse_number(group: object = None) -> int:
