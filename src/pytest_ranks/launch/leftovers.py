@@ -37,7 +37,7 @@ def judge(
 ) -> ItemOutcome:
     """Note on an outcome what its test left behind; with strict hygiene that is a failure."""
     found: dict[Leak, list[int]] = {}
-    for rank, leak in _leaks(runs):
+    for rank, leak in dict.fromkeys(_leaks(runs)):  # two equal ones of a rank are said once
         found.setdefault(leak, []).append(rank)
     if not found:
         return decided

@@ -117,7 +117,7 @@ def tell_sequence(name: str) -> Callable[[Sequence[Any], Sequence[Any]], list[st
     def tell(before: Sequence[Any], after: Sequence[Any]) -> list[str]:
         lines = [f"{name} has {show(one)} (new)" for one in after if one not in before]
         lines += [f"{name} lacks {show(one)}" for one in before if one not in after]
-        return lines or [f"{name} is in another order"]
+        return [*dict.fromkeys(lines)] or [f"{name} is in another order"]
 
     return tell
 
