@@ -133,7 +133,7 @@ def test_log_is_of_all_ranks(rank, caplog):
 # ---- how they fail
 
 def test_one_fails(rank):
-    print("printed by", rank.index)
+    print(f"printed by {rank.index}\\n", end="")  # in one piece
     if rank.index == 2:
         assert rank.index == 7
     dist.barrier()
