@@ -20,7 +20,7 @@ from pytest_ranks.launch.asides import Subtest
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.debugger import RankDebugger
 from pytest_ranks.launch.fidelity.ladder import HOSTED
-from pytest_ranks.launch.hygiene.watch import StateWatch
+from pytest_ranks.launch.hygiene.watch import Inherited, StateWatch
 from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
 from pytest_ranks.launch.output import flush_everything, write_by_lines
 from pytest_ranks.launch.quiet import make_quiet
@@ -47,6 +47,7 @@ class RankSession:
         self._errors: dict[str, str] = {}
         self._phases: list[Phase] = []
         self._warnings: list[Warned] = []
+        self._inherited: Inherited | None = None
         self._fail: Callable[[object], None] | None = None
         self._channel: Channel | None = None
         self._is_in_call = False
@@ -67,6 +68,7 @@ class RankSession:
         except BaseException as error:
             self._errors[""] = f"{type(error).__name__}: {error}"
         self._warnings.clear()  # the controller's own collection recorded the same
+        self._inherited = Inherited()
         gc.freeze()  # else a collection in a rank would walk, and copy, all that was imported
 
     @pytest.hookimpl(tryfirst=True)
@@ -92,7 +94,7 @@ class RankSession:
         write_by_lines()
         captured = _compat.start_capture(self._config)
         self._debugger.prepare()
-        self._watch = StateWatch(captured)
+        self._watch = StateWatch(captured, inherited=self._inherited)
         return captured
 
     def connect(self, channel: Channel, release: Callable[[], None]) -> None:

@@ -24,6 +24,7 @@ def traits() -> tuple[Trait, ...]:
             read=registries.read,
             write=registries.write,
             tell=registries.tell,
+            is_inherited=True,
         ),
     )
 

@@ -35,6 +35,7 @@ class Trait:
         tell: what changed, as text, made from the values before and after.
         is_told: whether a change is a leak; else it is what a test is free to use, reset silently
             unless a wide fixture uses it.
+        is_inherited: whether it has many parts, and a fork has it from the process it comes from.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Trait:
     write: Callable[[Any], object] | None = None
     tell: Callable[[Any, Any], Sequence[str]] | None = None
     is_told: bool = True
+    is_inherited: bool = False
 
     def describe(self, before: Any, after: Any) -> Sequence[str]:
         """Return what changed, as text."""
@@ -62,7 +64,13 @@ class Names:
 
     def trait(self) -> Trait:
         """Return what stands under the names as one trait."""
-        return Trait(name="functions", read=self._read, write=self._write, tell=self._tell)
+        return Trait(
+            name="functions",
+            read=self._read,
+            write=self._write,
+            tell=self._tell,
+            is_inherited=True,
+        )
 
     def _read(self) -> list[Any]:
         return [folder.get(name) for folder, name in self._folders]

@@ -34,6 +34,24 @@ class _Wide:
     things: dict[int, set[Hashable]] = field(default_factory=dict)
 
 
+class Inherited:
+    """What forks of this process share: the traits, and the values of those with many parts.
+
+    To look at a part for the first time costs a fork a page; hundreds of them cost more than the
+    rest of its start.
+    """
+
+    def __init__(self) -> None:
+        self.traits: tuple[Trait, ...] = (
+            *interpreter.traits(),
+            *torch_traits.traits(),
+            *libraries.traits(),
+        )
+        self.values = {
+            number: _take(trait) for number, trait in enumerate(self.traits) if trait.is_inherited
+        }
+
+
 class StateWatch:
     """The state of a rank process, compared with what it was before the test.
 
@@ -42,17 +60,20 @@ class StateWatch:
 
     Args:
         passing: descriptors that are open now and about to be closed.
+        inherited: what was noted before this process was forked.
     """
 
-    def __init__(self, passing: Collection[int] = ()) -> None:
-        self._traits: tuple[Trait, ...] = (
-            *interpreter.traits(),
-            *torch_traits.traits(),
-            *libraries.traits(),
-        )
+    def __init__(
+        self, passing: Collection[int] = (), *, inherited: Inherited | None = None
+    ) -> None:
+        noted = Inherited() if inherited is None else inherited
+        self._traits = noted.traits
         self._descriptors = Descriptors(passing)
         self._kinds: tuple[Things, ...] = (Threads(), Children(), self._descriptors)
-        self._baseline = [self._take(trait) for trait in self._traits]
+        self._baseline = [
+            noted.values[number] if number in noted.values else _take(trait)
+            for number, trait in enumerate(self._traits)
+        ]
         self._versions = [trait.version and trait.version() for trait in self._traits]
         self._before: list[set[Hashable]] = [set() for _ in self._kinds]
         self._started: dict[int, Any] = {}  # trait -> its value when the test began
@@ -74,7 +95,7 @@ class StateWatch:
         for number, trait in enumerate(self._traits):
             if trait.version is not None and (now := trait.version()) != self._versions[number]:
                 self._versions[number] = now
-                self._baseline[number] = self._take(trait)
+                self._baseline[number] = _take(trait)
             if trait.is_set_by_runs:
                 self._started[number] = trait.read()
         self._descriptors.begin()
@@ -126,10 +147,6 @@ class StateWatch:
             return False
         return is_same(before, trait.read())
 
-    @staticmethod
-    def _take(trait: Trait) -> Any:
-        return trait.read() if trait.take is None else trait.take()
-
     # ---- fixtures wider than a test
 
     def before_wide(self) -> None:
@@ -145,7 +162,7 @@ class StateWatch:
         for number, trait in enumerate(self._traits):
             if not is_same(values[number], trait.read()):
                 one.values[number] = self._baseline[number]
-                self._baseline[number] = self._take(trait)
+                self._baseline[number] = _take(trait)
                 self._started.pop(number, None)
         for number, kind in enumerate(self._kinds):
             made = set(kind.read()) - things[number]
@@ -174,6 +191,10 @@ class StateWatch:
                 self._started.pop(number, None)
         for number, made in found.things.items():
             self._owed[number] |= dict.fromkeys(made, found.name)
+
+
+def _take(trait: Trait) -> Any:
+    return trait.read() if trait.take is None else trait.take()
 
 
 def _from_fixtures(names: Collection[str]) -> str:
