@@ -30,9 +30,9 @@ FLOORS = (
         "_compat_terminal",
         "_compat_state",
         "launch.spec",
+        "launch.channel",
         "launch.wire",
-        "launch.messages",
-        "launch.asides",
+        "launch.terminal.asides",
         "launch.fidelity.ladder",
         "report.records",
     ),
@@ -48,8 +48,8 @@ FLOORS = (
         "launch.items",
         "launch.scan",
         "launch.attached",
-        "launch.rank_zero",
-        "launch.rank_other",
+        "launch.machines.rank_zero",
+        "launch.machines.rank_other",
         "conformance.parametrize",
         "conformance.command",
         "conformance.conftest",
@@ -61,14 +61,14 @@ FLOORS = (
 # Rooms on one floor of which the first may know the second.
 NEIGHBOURS = {
     "_compat_fidelity": {"errors"},
-    "launch.wire": {"errors", "_compat"},
-    "launch.messages": {"errors", "_compat", "launch.asides"},
+    "launch.channel": {"errors", "_compat"},
+    "launch.wire": {"errors", "_compat", "launch.terminal.asides"},
     "launch.spec": {"errors", "_compat", "launch.fidelity.ladder"},
     "launch.fidelity.ladder": {"errors", "launch.spec"},
-    "launch.scan": {"launch.items", "launch.rank_other"},
-    "launch.attached": {"launch.rank_zero", "launch.rank_other"},
-    "launch.rank_zero": {"launch.attached", "launch.items"},
-    "launch.rank_other": {"launch.attached"},
+    "launch.scan": {"launch.items", "launch.machines.rank_other"},
+    "launch.attached": {"launch.machines.rank_zero", "launch.machines.rank_other"},
+    "launch.machines.rank_zero": {"launch.attached", "launch.items"},
+    "launch.machines.rank_other": {"launch.attached"},
     "conformance.command": {"conformance.parametrize"},
     "conformance.conftest": {"conformance.parametrize", "conformance.command"},
 }
@@ -80,9 +80,9 @@ RANK_MODULES = {
     "_compat": "private names of torch and pytest",
     "_compat_kept": "private names of torch that the proof of a clean group needs",
     "launch": "the folder",
-    "launch.wire": "the socket to the controller",
-    "launch.messages": "what is said over it",
-    "launch.asides": "what is said beside the work",
+    "launch.channel": "the socket to the controller",
+    "launch.wire": "what is said over it",
+    "launch.terminal.asides": "what is said beside the work",
     "launch.fidelity": "the folder",
     "launch.fidelity.ladder": "which fidelities one process plays",
     "launch.hygiene": "what a test left behind",
@@ -94,7 +94,7 @@ RANK_MODULES = {
     "launch.deadline": "the collective that a stack waits in",
     "launch.target": "the function that it calls",
     "launch.coverage": "which lines the rank executes, for a controller that measures them",
-    "launch.witness": "the thread that tells what the rank is doing",
+    "launch.forensics.witness": "the thread that tells what the rank is doing",
 }
 
 
@@ -265,8 +265,8 @@ def test_ranks_over_many_machines_do_all_that_ranks_do() -> None:
         body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name).body
         return {one.name for one in body if isinstance(one, ast.FunctionDef) and one.name[0] != "_"}
 
-    missing = methods("launch.pool", "Ranks") - methods("launch.spread", "SpreadRanks")
-    assert not missing, f"launch.spread.SpreadRanks has to say what it does for {missing}"
+    missing = methods("launch.pool", "Ranks") - methods("launch.machines.spread", "SpreadRanks")
+    assert not missing, f"launch.machines.spread.SpreadRanks has to say what it does for {missing}"
 
 
 def test_loading_the_plugin_loads_nothing_heavy() -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     )
     from pytest_ranks.launch.faults import Faults, inject_faults
     from pytest_ranks.launch.functions import Launcher, ScriptResult
+    from pytest_ranks.launch.injection.triggers import step
     from pytest_ranks.launch.rank import RankContext, current_rank
-    from pytest_ranks.launch.triggers import step
     from pytest_ranks.models.families import tiny_model
 
 __version__ = "0.1.0"
@@ -56,7 +56,7 @@ _HOMES = {
     "current_rank": "launch.rank",
     "inject_faults": "launch.faults",
     "parametrize_with_checks": "conformance.parametrize",
-    "step": "launch.triggers",
+    "step": "launch.injection.triggers",
     "tiny_model": "models.families",
 }
 

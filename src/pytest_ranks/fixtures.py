@@ -59,7 +59,7 @@ def faults(request: pytest.FixtureRequest) -> Generator[Faults]:
             pytrace=False,
         )
     from pytest_ranks.launch.faults import Faults, MissedFaults
-    from pytest_ranks.launch.injector import Injector
+    from pytest_ranks.launch.injection.injector import Injector
 
     injector = Injector(context)
     injector.start()

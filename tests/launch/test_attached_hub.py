@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_ranks.launch import crew
-from pytest_ranks.launch.coordination import Bye, End, Hello, Leaving, Ping, Pong
-from pytest_ranks.launch.hub import Hub
-from pytest_ranks.launch.line import Line
-from pytest_ranks.launch.messages import Finished, Phase
-from pytest_ranks.launch.outer_world import OuterWorld
+from pytest_ranks.launch.machines import crew
+from pytest_ranks.launch.machines.coordination import Bye, End, Hello, Leaving, Ping, Pong
+from pytest_ranks.launch.machines.hub import Hub
+from pytest_ranks.launch.machines.line import Line
+from pytest_ranks.launch.machines.outer_world import OuterWorld
 from pytest_ranks.launch.rank_run import RankRun
+from pytest_ranks.launch.wire import Finished, Phase
 
 WORLD = OuterWorld(
     launcher="srun",

@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.launch import coordination as c
-from pytest_ranks.launch import interfaces
-from pytest_ranks.launch.agreement import complaints
-from pytest_ranks.launch.codec import decode, encode
 from pytest_ranks.launch.deadline import Where
-from pytest_ranks.launch.line import Line, LineLost
-from pytest_ranks.launch.messages import Finished, Phase, Raised
-from pytest_ranks.launch.outer_world import first_hosts, read_world
+from pytest_ranks.launch.machines import coordination as c
+from pytest_ranks.launch.machines import interfaces
+from pytest_ranks.launch.machines.agreement import complaints
+from pytest_ranks.launch.machines.codec import decode, encode
+from pytest_ranks.launch.machines.line import Line, LineLost
+from pytest_ranks.launch.machines.outer_world import first_hosts, read_world
 from pytest_ranks.launch.rank_run import RankRun
+from pytest_ranks.launch.wire import Finished, Phase, Raised
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "abc",

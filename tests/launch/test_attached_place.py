@@ -7,7 +7,7 @@ import os
 import pytest
 
 from pytest_ranks.launch.group import export_rank_variables
-from pytest_ranks.launch.messages import Place, Rendezvous, World
+from pytest_ranks.launch.wire import Place, Rendezvous, World
 
 RENDEZVOUS = Rendezvous(
     run=1, port=4001, home_port=4002, seconds=9, host="10.0.0.1", interface="eth1"

@@ -8,10 +8,10 @@ import sysconfig
 
 import pytest
 
-from pytest_ranks.launch import collectives
-from pytest_ranks.launch.collectives import Scene
-from pytest_ranks.launch.explanation import describe_difference, who_waits
-from pytest_ranks.launch.sight import Group, Record, Sight
+from pytest_ranks.launch.forensics import collectives
+from pytest_ranks.launch.forensics.collectives import Scene
+from pytest_ranks.launch.forensics.explanation import describe_difference, who_waits
+from pytest_ranks.launch.forensics.sight import Group, Record, Sight
 
 C10D = f"{sysconfig.get_paths()['purelib']}/torch/distributed/distributed_c10d.py"
 TEST = "/repo/test_it.py"

@@ -4,7 +4,7 @@ import pytest
 
 from pytest_ranks import _compat
 from pytest_ranks.errors import BadInputError, UnavailableError
-from pytest_ranks.launch.triggers import AfterSeconds, AtCollective, AtStep, parse, step
+from pytest_ranks.launch.injection.triggers import AfterSeconds, AtCollective, AtStep, parse, step
 
 NAMES = (
     "all_reduce, all_reduce_coalesced, broadcast, reduce, all_gather, all_gather_coalesced, "
@@ -79,7 +79,7 @@ def test_bad_steps_get_one_sentence(arguments, text):
 
 def test_a_torch_that_hides_its_collectives_is_named(monkeypatch):
     torch = pytest.importorskip("torch")
-    from pytest_ranks.launch.collective_calls import Collectives
+    from pytest_ranks.launch.injection.collective_calls import Collectives
 
     monkeypatch.setattr(_compat, "intercept_operators", lambda *_: None)
     with pytest.raises(UnavailableError) as caught:
@@ -115,8 +115,8 @@ S = 4000  # bytes of 1,000 numbers
 def test_a_collective_costs_what_the_ring_model_says(name, arguments, steps, moved):
     """Four ranks, of which this is number 1."""
     torch = pytest.importorskip("torch")
-    from pytest_ranks.launch.collective_calls import Issued
-    from pytest_ranks.launch.slow_link import SlowLink, cost
+    from pytest_ranks.launch.injection.collective_calls import Issued
+    from pytest_ranks.launch.injection.slow_link import SlowLink, cost
 
     one = torch.zeros(1000)
     values = {

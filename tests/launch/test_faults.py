@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pytest_ranks import BadInputError, RankFailure, inject_faults, step
-from pytest_ranks.launch.traffic_control import has_own_network
+from pytest_ranks.launch.injection.traffic_control import has_own_network
 
 
 def reduce_one():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_ranks.launch.memory import MemoryGroup
+from pytest_ranks.launch.forensics.memory import MemoryGroup
 
 V1_MOUNT = "35 31 0:32 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
 V2_MOUNT = "30 23 0:26 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"

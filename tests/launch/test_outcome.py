@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_ranks.launch.messages import Finished, Phase, Raised
 from pytest_ranks.launch.outcome import ExpectedEnd, RankResult, result_of, verdict
 from pytest_ranks.launch.rank_run import RankRun
+from pytest_ranks.launch.wire import Finished, Phase, Raised
 
 
 def phase(when, outcome="passed", was_xfail=None, longrepr=None):

@@ -11,9 +11,9 @@ from itertools import combinations_with_replacement, permutations, product
 
 import pytest
 
-from pytest_ranks.launch.messages import Finished, Phase, Raised
 from pytest_ranks.launch.outcome import ExpectedEnd, result_of, verdict
 from pytest_ranks.launch.rank_run import RankRun
+from pytest_ranks.launch.wire import Finished, Phase, Raised
 
 KILLED = ExpectedEnd(text="die of SIGKILL", statuses=frozenset({-9}))
 GREEN = {"passed", "xpassed", "xfailed", "skipped"}

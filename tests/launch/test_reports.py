@@ -7,11 +7,11 @@ import shlex
 
 import pytest
 
-from pytest_ranks.launch import reports
-from pytest_ranks.launch.messages import Finished, Phase
 from pytest_ranks.launch.outcome import ExpectedEnd
 from pytest_ranks.launch.rank_run import RankRun
-from pytest_ranks.launch.reports import Context
+from pytest_ranks.launch.reporting import reports
+from pytest_ranks.launch.reporting.reports import Context
+from pytest_ranks.launch.wire import Finished, Phase
 
 
 @pytest.fixture

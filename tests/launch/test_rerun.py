@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from pytest_ranks.launch import rerun
-from pytest_ranks.launch.messages import Injected, Phase, Raised
+from pytest_ranks.launch.forensics import rerun
+from pytest_ranks.launch.forensics.sight import Sight
 from pytest_ranks.launch.rank_run import RankRun
-from pytest_ranks.launch.sight import Sight
+from pytest_ranks.launch.wire import Injected, Phase, Raised
 
 ABORT = "terminate called ... op.preamble.length <= op.nbytes. 32 vs 4"
 # As torch 2.13 words it: what each rank says of the other is not to be relied on.

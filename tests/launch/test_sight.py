@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from pytest_ranks.launch.sight import Observer
-from pytest_ranks.launch.witness import HEADER, REQUEST, Witness
+from pytest_ranks.launch.forensics.sight import Observer
+from pytest_ranks.launch.forensics.witness import HEADER, REQUEST, Witness
 
 SECONDS = 60.0
 

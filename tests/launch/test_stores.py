@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 SERVER = """
 import sys
 from pytest_ranks.launch.stores import serve_stores
-from pytest_ranks.launch.wire import Channel
+from pytest_ranks.launch.channel import Channel
 if "broken" in sys.argv:
     sys.modules["torch.distributed"] = None
 serve_stores(Channel.from_fd(int(sys.argv[1])))

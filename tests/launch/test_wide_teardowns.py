@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_ranks.launch.messages import Finished, Raised
 from pytest_ranks.launch.rank_run import RankRun
-from pytest_ranks.launch.wide_teardowns import errors_of
+from pytest_ranks.launch.reporting.wide_teardowns import errors_of
+from pytest_ranks.launch.wire import Finished, Raised
 
 
 def finished(rank, *errors):

@@ -17,9 +17,9 @@ import pytest
 
 from pytest_ranks import __version__, _compat, options
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.launch.coordination import Hello
 from pytest_ranks.launch.group import scrub_rank_variables
-from pytest_ranks.launch.outer_world import OuterWorld, read_world
+from pytest_ranks.launch.machines.coordination import Hello
+from pytest_ranks.launch.machines.outer_world import OuterWorld, read_world
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,11 +90,11 @@ def prepare(config: pytest.Config, *, is_likely: Callable[[pytest.Config], bool]
     scrub_rank_variables()
     _agree_on_seed(config, world)
     if world.rank == 0:
-        from pytest_ranks.launch.rank_zero import RankZero
+        from pytest_ranks.launch.machines.rank_zero import RankZero
 
         config.pluginmanager.register(RankZero(config, world), NAME)
         return
-    from pytest_ranks.launch.rank_other import RankOther
+    from pytest_ranks.launch.machines.rank_other import RankOther
 
     _be_quiet(config, world)
     config.pluginmanager.register(RankOther(config, world), NAME)

@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.launch.asides import Measure
+from pytest_ranks.launch.terminal.asides import Measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_ranks.errors import BadInputError, did_you_mean
-from pytest_ranks.launch import triggers
-from pytest_ranks.launch.injector import Injector
+from pytest_ranks.launch.injection import triggers
+from pytest_ranks.launch.injection.injector import Injector
+from pytest_ranks.launch.injection.slow_link import SlowLink
+from pytest_ranks.launch.injection.traffic_control import ShapedInterface
 from pytest_ranks.launch.rank import current_rank
-from pytest_ranks.launch.slow_link import SlowLink
-from pytest_ranks.launch.traffic_control import ShapedInterface
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pytest_ranks.launch.triggers import AtStep
+    from pytest_ranks.launch.injection.triggers import AtStep
 
 # A process that gets one of these goes on, or stops without an end.
 NOT_DEADLY = frozenset(
@@ -174,7 +174,7 @@ class Faults:
     ) -> None:
         """Have each collective take as long as a slower network would make it.
 
-        See `pytest_ranks.launch.slow_link` for the model.
+        See `pytest_ranks.launch.injection.slow_link` for the model.
 
         Args:
             bandwidth: bytes a second; None: as fast as it is.

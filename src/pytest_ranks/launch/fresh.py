@@ -16,18 +16,18 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.launch import coverage
+from pytest_ranks.launch.channel import Channel
 from pytest_ranks.launch.preparation import prepare
 from pytest_ranks.launch.processes import become_subreaper, die_with_parent
 from pytest_ranks.launch.rank import Rank
 from pytest_ranks.launch.startline import StartLine
-from pytest_ranks.launch.wire import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pytest
 
-    from pytest_ranks.launch.messages import Fork, Settle
+    from pytest_ranks.launch.wire import Fork, Settle
 
 # What the process finds at its descriptors, from the first that is not a standard stream.
 _FIRST = 3

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pytest_ranks.launch.messages import Rendezvous, World
+    from pytest_ranks.launch.wire import Rendezvous, World
 
 LOOPBACK = "127.0.0.1"
 # Cuts each reverse look-up of a store connection from 5 seconds to 1 where the resolver is silent.

@@ -9,7 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from pytest_ranks.launch.messages import Born, Ended
+from pytest_ranks.launch.channel import ChannelClosed
 from pytest_ranks.launch.processes import (
     become_subreaper,
     children,
@@ -19,12 +19,12 @@ from pytest_ranks.launch.processes import (
     is_janitor,
     send_signal,
 )
-from pytest_ranks.launch.wire import ChannelClosed
+from pytest_ranks.launch.wire import Born, Ended
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from pytest_ranks.launch.wire import Channel
+    from pytest_ranks.launch.channel import Channel
 
 GUARDIAN_SECONDS = 2.0  # what a zygote has to see for itself that its controller is gone
 # What janitors have to clean up: torch's waits 2 seconds for another client before it does.

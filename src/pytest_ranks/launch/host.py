@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, UnavailableError
 from pytest_ranks.hardware.probes import probe
 from pytest_ranks.hardware.requirements import BACKEND_DEVICES
-from pytest_ranks.launch import failures
 from pytest_ranks.launch.coverage import SAVE_SECONDS, Harvest
 from pytest_ranks.launch.devices import DeviceDesk
-from pytest_ranks.launch.explanation import explain
+from pytest_ranks.launch.forensics.explanation import explain
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
-from pytest_ranks.launch.messages import (
+from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.reporting import failures
+from pytest_ranks.launch.spec import BACKENDS, check_environment, check_run
+from pytest_ranks.launch.wire import (
     Injected,
     Prepare,
     Raised,
@@ -30,8 +32,6 @@ from pytest_ranks.launch.messages import (
     RunFunction,
     World,
 )
-from pytest_ranks.launch.pool import Ranks
-from pytest_ranks.launch.spec import BACKENDS, check_environment, check_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

@@ -17,33 +17,26 @@ import pytest
 
 from pytest_ranks import _compat, marks, options
 from pytest_ranks.errors import RankFailure, RankTimeout, UnavailableError
-from pytest_ranks.launch import (
-    deaths,
-    debug,
-    interrupts,
-    leftovers,
-    reports,
-    scopes,
-    subtests,
-    tokens,
-)
+from pytest_ranks.launch import deaths, interrupts, scopes, tokens
 from pytest_ranks.launch.devices import DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
-from pytest_ranks.launch.item_record import record_of, record_without_ranks
+from pytest_ranks.launch.forensics.rerun import explain_again
 from pytest_ranks.launch.pool import Ranks
 from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey
+from pytest_ranks.launch.reporting import leftovers, reports, subtests
+from pytest_ranks.launch.reporting.item_record import record_of, record_without_ranks
+from pytest_ranks.launch.reporting.warned import forward_warnings, warn
 from pytest_ranks.launch.requests import ItemRequest, is_alone
-from pytest_ranks.launch.rerun import explain_again
 from pytest_ranks.launch.service import RankService
 from pytest_ranks.launch.start import harvest_of
-from pytest_ranks.launch.warned import forward_warnings, warn
+from pytest_ranks.launch.terminal import debug
 from pytest_ranks.report.records import ATTRIBUTE
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_ranks.launch.link import ZygoteLink
-    from pytest_ranks.launch.reports import ItemOutcome
+    from pytest_ranks.launch.reporting.reports import ItemOutcome
     from pytest_ranks.launch.spec import RankSpec
 
 OUTCOME_KEY = pytest.StashKey["ItemOutcome"]()

@@ -15,11 +15,22 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.errors import UnavailableError
-from pytest_ranks.launch.attendant import Attendant
+from pytest_ranks.launch.channel import Channel, ChannelClosed, channel_pair, is_readable
 from pytest_ranks.launch.deadline import TERMINATE_SECONDS
 from pytest_ranks.launch.group import early_variables, scrub_rank_variables
 from pytest_ranks.launch.guardian import JANITOR_SECONDS
-from pytest_ranks.launch.messages import (
+from pytest_ranks.launch.processes import (
+    STACKS_SIGNAL,
+    describe_end,
+    has_ended,
+    kill_tree,
+    read_tail,
+    send_signal,
+)
+from pytest_ranks.launch.startline import StartLine
+from pytest_ranks.launch.stores import STORE_SECONDS, Stores
+from pytest_ranks.launch.terminal.attendant import Attendant
+from pytest_ranks.launch.wire import (
     Born,
     Collect,
     Configure,
@@ -31,17 +42,6 @@ from pytest_ranks.launch.messages import (
     Prepare,
     Settle,
 )
-from pytest_ranks.launch.processes import (
-    STACKS_SIGNAL,
-    describe_end,
-    has_ended,
-    kill_tree,
-    read_tail,
-    send_signal,
-)
-from pytest_ranks.launch.startline import StartLine
-from pytest_ranks.launch.stores import STORE_SECONDS, Stores
-from pytest_ranks.launch.wire import Channel, ChannelClosed, channel_pair, is_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pytest_ranks.launch.messages import Finished, Phase, Raised
+from pytest_ranks.launch.wire import Finished, Phase, Raised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

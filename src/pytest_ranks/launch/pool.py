@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch import deadline
-from pytest_ranks.launch.failures import START_SECONDS
-from pytest_ranks.launch.memory import own_group
-from pytest_ranks.launch.messages import Injected, Leave, Playing, Ready
-from pytest_ranks.launch.probe import Probe
+from pytest_ranks.launch.channel import ChannelClosed
+from pytest_ranks.launch.forensics.memory import own_group
+from pytest_ranks.launch.forensics.probe import Probe
+from pytest_ranks.launch.forensics.sight import Observer
 from pytest_ranks.launch.processes import describe_end, read_tail
 from pytest_ranks.launch.rank_run import RankRun
-from pytest_ranks.launch.sight import Observer
-from pytest_ranks.launch.wire import ChannelClosed
+from pytest_ranks.launch.reporting.failures import START_SECONDS
+from pytest_ranks.launch.wire import Injected, Leave, Playing, Ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from pytest_ranks.launch.forensics.sight import Sight
     from pytest_ranks.launch.link import RankHandle, ZygoteLink
     from pytest_ranks.launch.outcome import ExpectedEnd
-    from pytest_ranks.launch.sight import Sight
     from pytest_ranks.launch.startline import StartLine
 
 # Seconds that ranks have for their own end after one rank failed; its sockets are cut by then, so

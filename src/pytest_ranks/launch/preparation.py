@@ -13,7 +13,7 @@ from pytest_ranks.launch import coverage
 from pytest_ranks.launch.group import let_tests_initialise
 
 if TYPE_CHECKING:
-    from pytest_ranks.launch.messages import Prepare
+    from pytest_ranks.launch.wire import Prepare
 
 
 def prepare(request: Prepare) -> None:

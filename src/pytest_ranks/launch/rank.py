@@ -19,13 +19,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_ranks import _compat
 from pytest_ranks.errors import FidelityError, UnavailableError
 from pytest_ranks.launch import coverage
+from pytest_ranks.launch.channel import Channel, ChannelClosed
 from pytest_ranks.launch.deadline import collective_of, is_plumbing
 from pytest_ranks.launch.fidelity.ladder import HOSTED
+from pytest_ranks.launch.forensics.witness import Witness
 from pytest_ranks.launch.group import (
     ProcessGroup,
     export_rank_variables,
 )
-from pytest_ranks.launch.messages import (
+from pytest_ranks.launch.processes import STACKS_SIGNAL
+from pytest_ranks.launch.seeding import seed_everything
+from pytest_ranks.launch.startline import StartLine
+from pytest_ranks.launch.target import load
+from pytest_ranks.launch.wire import (
     Finished,
     Leave,
     Playing,
@@ -37,12 +43,6 @@ from pytest_ranks.launch.messages import (
     TearDown,
     World,
 )
-from pytest_ranks.launch.processes import STACKS_SIGNAL
-from pytest_ranks.launch.seeding import seed_everything
-from pytest_ranks.launch.startline import StartLine
-from pytest_ranks.launch.target import load
-from pytest_ranks.launch.wire import Channel, ChannelClosed
-from pytest_ranks.launch.witness import Witness
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks.launch import deadline
 
 if TYPE_CHECKING:
-    from pytest_ranks.launch.sight import Sight
+    from pytest_ranks.launch.forensics.sight import Sight
 
 
 @dataclass(slots=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_ranks.launch.messages import World
+from pytest_ranks.launch.wire import World
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_ranks.launch.messages import Rendezvous
     from pytest_ranks.launch.pools import Pool, PoolKey
     from pytest_ranks.launch.spec import RankSpec
+    from pytest_ranks.launch.wire import Rendezvous
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_ranks.launch.items import RankItems
-    from pytest_ranks.launch.rank_other import OtherItems
+    from pytest_ranks.launch.machines.rank_other import OtherItems
 
 ATTACHED = "ranks-attached"  # the plugin of a session that a launcher started once a rank
 _SIGN = b"mark.ranks"
@@ -33,7 +33,7 @@ def check_options(config: pytest.Config) -> None:
         pytest.UsageError: a rank is to be debugged where it cannot have the terminal.
     """
     if settings(config).debug is not None:
-        from pytest_ranks.launch import debug
+        from pytest_ranks.launch.terminal import debug
 
         debug.check(config)
 

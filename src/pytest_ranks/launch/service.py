@@ -13,10 +13,16 @@ from pytest_ranks.hardware.requirements import BACKEND_DEVICES
 from pytest_ranks.launch import deaths, kept
 from pytest_ranks.launch.device_ranks import DeviceRanks
 from pytest_ranks.launch.devices import DeviceDesk
-from pytest_ranks.launch.explanation import explain
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.fidelity.ladder import HOSTED
-from pytest_ranks.launch.messages import (
+from pytest_ranks.launch.forensics.explanation import explain
+from pytest_ranks.launch.forensics.unawaited import is_uneven, unawaited
+from pytest_ranks.launch.pool import Ranks
+from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey, Pools
+from pytest_ranks.launch.reporting.wide_teardowns import errors_of
+from pytest_ranks.launch.requests import ItemRequest, is_alone, world_of
+from pytest_ranks.launch.start import start_zygote
+from pytest_ranks.launch.wire import (
     Finished,
     Injected,
     Phase,
@@ -25,12 +31,6 @@ from pytest_ranks.launch.messages import (
     RunItem,
     TearDown,
 )
-from pytest_ranks.launch.pool import Ranks
-from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey, Pools
-from pytest_ranks.launch.requests import ItemRequest, is_alone, world_of
-from pytest_ranks.launch.start import start_zygote
-from pytest_ranks.launch.unawaited import is_uneven, unawaited
-from pytest_ranks.launch.wide_teardowns import errors_of
 from pytest_ranks.options import settings
 
 if TYPE_CHECKING:

@@ -16,24 +16,24 @@ import pytest
 
 from pytest_ranks import _compat, options
 from pytest_ranks.launch import coverage
-from pytest_ranks.launch.asides import Subtest
 from pytest_ranks.launch.deadline import collective_of
-from pytest_ranks.launch.debugger import RankDebugger
 from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.hygiene.watch import Inherited, StateWatch
-from pytest_ranks.launch.messages import Finished, Phase, RunItem, Warned
-from pytest_ranks.launch.output import flush_everything, write_by_lines
 from pytest_ranks.launch.quiet import make_quiet
 from pytest_ranks.launch.scopes import Sibling
+from pytest_ranks.launch.terminal.asides import Subtest
+from pytest_ranks.launch.terminal.debugger import RankDebugger
+from pytest_ranks.launch.terminal.output import flush_everything, write_by_lines
+from pytest_ranks.launch.wire import Finished, Phase, RunItem, Warned
 from pytest_ranks.launch.zygote import Zygote
 
 if TYPE_CHECKING:
     import warnings
     from collections.abc import Callable, Generator
 
+    from pytest_ranks.launch.channel import Channel
     from pytest_ranks.launch.fidelity.thread_items import ThreadItems
-    from pytest_ranks.launch.messages import Configure, World
-    from pytest_ranks.launch.wire import Channel
+    from pytest_ranks.launch.wire import Configure, World
     from pytest_ranks.launch.zygote import Ends
 
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_ranks.launch.attendant import Attendant, Display, is_shown
 from pytest_ranks.launch.coverage import SAVE_SECONDS, Harvest
-from pytest_ranks.launch.debug import desk_of
 from pytest_ranks.launch.group import early_variables
 from pytest_ranks.launch.link import ZygoteLink
-from pytest_ranks.launch.messages import Configure, Prepare
 from pytest_ranks.launch.processes import native_threads
+from pytest_ranks.launch.terminal.attendant import Attendant, Display, is_shown
+from pytest_ranks.launch.terminal.debug import desk_of
+from pytest_ranks.launch.wire import Configure, Prepare
 
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    from pytest_ranks.launch.wire import Channel
+    from pytest_ranks.launch.channel import Channel
 
 HARVEST_KEY = pytest.StashKey[Harvest]()
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import UnavailableError
+from pytest_ranks.launch.channel import Channel, channel_pair
 from pytest_ranks.launch.group import LOOPBACK
-from pytest_ranks.launch.wire import Channel, channel_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable

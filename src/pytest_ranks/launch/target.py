@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_ranks.launch.messages import RunFunction
+    from pytest_ranks.launch.wire import RunFunction
 
 
 def load(request: RunFunction) -> Any:

@@ -1,150 +1,396 @@
-"""The socket that carries messages between controller, zygote and ranks."""
+"""What controller, zygote and ranks say to each other, as data."""
 
 from __future__ import annotations
 
-import array
-import os
-import pickle
-import select
-import socket
-import struct
-import threading
-import time
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-_HEADER = struct.Struct("!QI")  # bytes of the pickle, number of descriptors that travel with it
-_MOST_DESCRIPTORS = 8
-_CHUNK = 1 << 16
+from pytest_ranks.launch.terminal.asides import Measure
+
+if TYPE_CHECKING:
+    from pytest_ranks.launch.kept import GroupState
+
+# ---- to the zygote
 
 
-class ChannelClosed(EOFError):
-    """The other end of a channel is gone."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Import these modules before the first fork; what fails to import, the rank will meet."""
+
+    modules: tuple[str, ...]
+    sys_path: tuple[str, ...] | None = None
+    working_directory: str | None = None
+    environment: dict[str, str] | None = None
+    coverage: Measure | None = None
 
 
-class Channel:
-    """A stream socket that carries pickled messages and descriptors, in order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """Become a pytest session like the controller's."""
 
-    Both ends are processes that we started and that run the same code as we do, so pickle opens
-    no new door; what users supply (arguments, results) travels as bytes inside a message, so one
-    that does not unpickle spoils no other.
+    arguments: tuple[str, ...]
+    directory: str
+    sys_path: tuple[str, ...]
+    options: dict[str, Any]
+    worker_input: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collect:
+    """Collect these test files, once, before the next fork."""
+
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenStore:
+    """Serve rendezvous stores from a child of the zygote, over the channel that comes along."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """How a rank in a fresh process comes to be what a fork of the zygote is.
+
+    Attributes:
+        prepare: what to import.
+        configure: the pytest session to become, None for a rank that runs functions.
+        files: to collect.
+        environment: variables that the process starts with, beside the zygote's.
     """
 
-    def __init__(self, end: socket.socket) -> None:
-        self._socket = end
-        self._bytes = bytearray()
-        self._descriptors: list[int] = []
-        self._sending = threading.Lock()  # threads of a test's fault tell of it
-
-    @classmethod
-    def from_fd(cls, fd: int) -> Channel:
-        """Return the channel over an inherited descriptor of a stream socket."""
-        return cls(socket.socket(fileno=fd))
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor, for poll."""
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        """Close this end; descriptors that nobody took are closed too."""
-        self._socket.close()
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
-    def send(self, message: object, descriptors: tuple[int, ...] = ()) -> None:
-        """Send one message, waiting until the other end has room.
-
-        Raises:
-            ChannelClosed: the other end is gone.
-        """
-        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-        header = _HEADER.pack(len(data), len(descriptors))
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-        try:
-            # in one piece, so that the other end wakes up once
-            with self._sending:
-                sent = self._socket.sendmsg([header, data], rights if descriptors else [])
-                if sent < len(header) + len(data):
-                    self._socket.sendall((header + data)[sent:])
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise ChannelClosed(str(error)) from error
-
-    def receive(self, timeout: float | None = None) -> tuple[Any, tuple[int, ...]]:
-        """Return the next message and its descriptors.
-
-        Args:
-            timeout: seconds to wait, or None to wait for ever.
-
-        Raises:
-            TimeoutError: no message came in time.
-            ChannelClosed: the other end is gone.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (complete := self._take()) is None:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError
-            if not is_readable(self.fileno(), left):
-                raise TimeoutError
-            self._read()
-        return complete
-
-    def receive_all(self) -> list[tuple[Any, tuple[int, ...]]]:
-        """Return the messages that have arrived, without waiting.
-
-        Raises:
-            ChannelClosed: the other end is gone and everything it sent has been returned.
-        """
-        messages = []
-        try:
-            while is_readable(self.fileno(), 0):
-                self._read()
-        except ChannelClosed:
-            while (complete := self._take()) is not None:
-                messages.append(complete)
-            if not messages:
-                raise
-            return messages
-        while (complete := self._take()) is not None:
-            messages.append(complete)
-        return messages
-
-    def _read(self) -> None:
-        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * struct.calcsize("i"))
-        try:
-            data, ancillary, _, _ = self._socket.recvmsg(_CHUNK, room, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError as error:
-            raise ChannelClosed(str(error)) from error
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received = array.array("i")
-                received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
-                self._descriptors.extend(received)
-        if not data:
-            raise ChannelClosed("end of stream")
-        self._bytes += data
-
-    def _take(self) -> tuple[Any, tuple[int, ...]] | None:
-        if len(self._bytes) < _HEADER.size:
-            return None
-        length, count = _HEADER.unpack_from(self._bytes)
-        end = _HEADER.size + length
-        if len(self._bytes) < end:
-            return None
-        message = pickle.loads(memoryview(self._bytes)[_HEADER.size : end])
-        del self._bytes[:end]
-        taken = tuple(self._descriptors[:count])
-        del self._descriptors[:count]
-        return message, taken
+    prepare: Prepare
+    configure: Configure | None = None
+    files: tuple[str, ...] = ()
+    environment: dict[str, str] | None = None
 
 
-def is_readable(fd: int, timeout: float | None) -> bool:
-    """Return whether the descriptor has something to read within so many seconds."""
-    poll = select.poll()  # not select(): that fails on descriptors of 1024 and above
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout is None else max(0, int(timeout * 1000 + 0.999))))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fork:
+    """Fork one rank process, or start it afresh.
+
+    With it come its channel, its output file, its stacks file and its start line's memory.
+
+    Attributes:
+        label: the controller's name for it.
+        rank: its number.
+        world_size: of how many.
+        settle: what it needs where it is started afresh.
+        fresh: start it afresh; else that is done only where a fork is not safe.
+    """
+
+    label: int
+    rank: int
+    world_size: int
+    settle: Settle | None = None
+    fresh: bool = False
 
 
-def channel_pair() -> tuple[Channel, socket.socket]:
-    """Return our end as a channel and the other end as the socket to hand over."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    return Channel(ours), theirs
+# ---- from the zygote
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Born:
+    """The zygote exists, below its guardian; its pidfd comes along."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The zygote has ended, its guardian says: an exit code or -signal."""
+
+    status: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forked:
+    """A rank process exists; its pidfd comes along.
+
+    Attributes:
+        label: the controller's name for it.
+        pid: the process.
+        native_threads: how many the zygote had.
+        fresh: whether it is a process of its own and no fork.
+    """
+
+    label: int
+    pid: int
+    native_threads: int
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exited:
+    """A rank process was reaped; `status` as from waitpid, reduced to an exit code or -signal."""
+
+    label: int
+    status: int
+
+
+# ---- to a rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """How the ranks of one run find each other.
+
+    Attributes:
+        run: number of the run, never used twice in a session.
+        port: of the store made for this run alone, for what the test itself initialises.
+        home_port: of the store that the rank keeps its one connection to.
+        seconds: timeout of the process group.
+        host: address of the machine that serves the stores.
+        interface: of the network over which the ranks reach each other.
+    """
+
+    run: int
+    port: int
+    home_port: int
+    seconds: float
+    host: str = "127.0.0.1"
+    interface: str = "lo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the rank of a run over several controllers is.
+
+    Attributes:
+        local_rank: its number among the run's ranks on its node.
+        local_world_size: how many ranks of the run its node has.
+        node: number of its node among those of the run.
+        nodes: how many nodes the run is on.
+    """
+
+    local_rank: int
+    local_world_size: int
+    node: int
+    nodes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The rank's place in one run."""
+
+    rank: int
+    world_size: int
+    backend: str = "gloo"
+    mesh: tuple[tuple[str, int], ...] = ()
+    fidelity: str = "gloo"
+    init: bool = True
+    rank_variables: bool = True
+    keep_group: bool = False
+    fresh_group: bool = False
+    is_detailed: bool = False
+    rendezvous: Rendezvous | None = None
+    environment: dict[str, str] | None = None
+    shared_tmp_path: str | None = None
+    place: Place | None = None
+    device: str = ""
+
+    @property
+    def device_name(self) -> str:
+        """What torch calls the rank's device; under an outer launcher its local rank says which."""
+        if not self.device and self.backend == "nccl":
+            return f"cuda:{self.local_rank}"
+        return self.device or "cpu"
+
+    @property
+    def local_rank(self) -> int:
+        """The rank's number on its machine."""
+        return self.rank if self.place is None else self.place.local_rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFunction:
+    """Call a function on the rank.
+
+    Attributes:
+        world: the rank's place.
+        target: `module:qualname`, or nothing when `by_value` holds the function.
+        target_file: where the module lies, for modules that no import finds.
+        by_value: the function as cloudpickle wrote it.
+        arguments: pickled positional and keyword arguments.
+        sys_path: entries to have on the path.
+        modules: to import first.
+    """
+
+    world: World
+    target: str | None
+    target_file: str | None
+    by_value: bytes | None
+    arguments: bytes
+    sys_path: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunItem:
+    """Run one test item on the rank.
+
+    Attributes:
+        world: the rank's place.
+        node_id: of the item.
+        next_node_id: what this pool runs after it, None for nothing: all fixtures end.
+        hold: keep the wide fixtures, since what this pool runs next is not known.
+        base_temp: folder of this rank's temporary folders.
+    """
+
+    world: World
+    node_id: str
+    next_node_id: str | None
+    hold: bool
+    base_temp: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TearDown:
+    """Run the teardowns of all fixtures that are still alive on the rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """Flush and leave."""
+
+
+# ---- from a rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The rank listens.
+
+    The descriptor of its witness comes along, and those of its captured output, if there are any.
+    """
+
+    main_thread: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Playing:
+    """This process plays several ranks from now on: the thread of each, by rank."""
+
+    threads: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """The function returned; `value` is its pickled result."""
+
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raised:
+    """Something raised on the rank, as text.
+
+    Attributes:
+        headline: one line.
+        traceback: the text of it.
+        at: CLOCK_MONOTONIC in seconds.
+        place: the collective that it came out of, if it did.
+        session_end: message and status of a `pytest.exit`, None for anything else.
+    """
+
+    headline: str
+    traceback: str
+    at: float
+    place: str = ""
+    session_end: tuple[str, int | None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injected:
+    """A fault that the test asked for happens now on the rank; it may be the rank's last word.
+
+    Attributes:
+        kind: name of the method of `faults` that the test called.
+        call: the call as the test wrote it.
+        place: where it struck.
+    """
+
+    kind: str
+    call: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One report of one phase of an item.
+
+    Attributes:
+        when: setup, call or teardown.
+        outcome: passed, failed or skipped.
+        was_xfail: the reason of an expected failure, None where there was none.
+        report: the report as pytest serialises it.
+        at: CLOCK_MONOTONIC in seconds.
+        place: the collective that the failure came out of, if it did.
+        lost: names of attributes that could not travel.
+    """
+
+    when: str
+    outcome: str
+    was_xfail: str | None
+    report: dict[str, Any]
+    at: float
+    place: str = ""
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfRank:
+    """What one of several ranks that a process plays says: a Phase, Finished or Raised."""
+
+    rank: int
+    message: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned:
+    """A warning that pytest recorded on the rank."""
+
+    category: str
+    text: str
+    filename: str
+    lineno: int
+    when: str
+    node_id: str
+    location: tuple[str, int, str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leak:
+    """What a test left behind in a rank.
+
+    Attributes:
+        what: what it was before and is now, in words.
+        restored: whether it could be put back.
+    """
+
+    what: str
+    restored: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The rank is done with an item, or with its teardowns.
+
+    Attributes:
+        phases: the reports, in order, without those already sent.
+        warnings: what was recorded.
+        missing: why the item was not found, None where it was.
+        sequence: how many operations the default group has issued, None where there is no group.
+        group: what was done on the kept groups, None where none was kept.
+        errors: what failed outside of a phase.
+        sections: what was captured of several ranks together, with titles.
+        leaks: what the test left behind.
+    """
+
+    phases: tuple[Phase, ...] = ()
+    warnings: tuple[Warned, ...] = ()
+    missing: str | None = None
+    sequence: int | None = None
+    group: GroupState | None = None
+    errors: tuple[str, ...] = ()
+    sections: tuple[tuple[str, str], ...] = ()
+    leaks: tuple[Leak, ...] = ()

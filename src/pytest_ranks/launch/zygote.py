@@ -20,12 +20,12 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.launch import coverage, fresh
+from pytest_ranks.launch.channel import Channel, ChannelClosed
 from pytest_ranks.launch.group import (
     early_variables,
     scrub_rank_variables,
 )
 from pytest_ranks.launch.guardian import end_everything_below, start_guardian
-from pytest_ranks.launch.messages import Collect, Exited, Fork, Forked, OpenStore, Prepare
 from pytest_ranks.launch.preparation import prepare
 from pytest_ranks.launch.processes import (
     STACKS_SIGNAL,
@@ -37,12 +37,12 @@ from pytest_ranks.launch.processes import (
 from pytest_ranks.launch.rank import ItemRunner, Rank
 from pytest_ranks.launch.startline import StartLine
 from pytest_ranks.launch.stores import serve_stores
-from pytest_ranks.launch.wire import Channel, ChannelClosed
+from pytest_ranks.launch.wire import Collect, Exited, Fork, Forked, OpenStore, Prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_ranks.launch.asides import Measure
+    from pytest_ranks.launch.terminal.asides import Measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

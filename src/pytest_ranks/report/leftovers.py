@@ -22,7 +22,7 @@ def summarize(terminal: pytest.TerminalReporter) -> None:
     ]
     if not found:
         return
-    from pytest_ranks.launch.leftovers import RETIRED
+    from pytest_ranks.launch.reporting.leftovers import RETIRED
 
     lines = [
         f"{node_id}: {line}{title.removeprefix(RETIRED)}"

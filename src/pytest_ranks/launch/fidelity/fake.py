@@ -16,7 +16,7 @@ from pytest_ranks.launch.group import original_init
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from pytest_ranks.launch.messages import World
+    from pytest_ranks.launch.wire import World
 
 _NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
 # Their results are this rank's own data, or none.

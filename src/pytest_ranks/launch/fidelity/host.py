@@ -11,7 +11,7 @@ from pytest_ranks.launch.fidelity import refusals
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_ranks.launch.messages import World
+    from pytest_ranks.launch.wire import World
 
 _enforced: list[str] = []  # a process serves one fidelity for its whole life
 

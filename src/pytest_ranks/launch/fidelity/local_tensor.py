@@ -16,7 +16,7 @@ from pytest_ranks.launch.fidelity import fake, refusals
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from pytest_ranks.launch.messages import World
+    from pytest_ranks.launch.wire import World
 
 NO_NUMBER = refusals.sentence(
     "local_tensor",

@@ -16,13 +16,13 @@ from pytest_ranks import _compat, _compat_fidelity
 from pytest_ranks.launch import rank as rank_module
 from pytest_ranks.launch.fidelity import floor, threads
 from pytest_ranks.launch.fidelity.refusals import sentence
-from pytest_ranks.launch.messages import Finished, OfRank, Phase
 from pytest_ranks.launch.scopes import Sibling
+from pytest_ranks.launch.wire import Finished, OfRank, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from pytest_ranks.launch.messages import RunItem
+    from pytest_ranks.launch.wire import RunItem
 
     MakePhase = Callable[[pytest.TestReport, float, BaseException | None], Phase]
 

@@ -19,7 +19,7 @@ from pytest_ranks.launch.seeding import SEED
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_ranks.launch.messages import World
+    from pytest_ranks.launch.wire import World
 
 # Variables belong to a process: what differs between ranks cannot be in one.
 _NOT_OF_A_THREAD = (

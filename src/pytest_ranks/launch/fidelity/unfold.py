@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.launch import deadline
 from pytest_ranks.launch.fidelity.ladder import HOSTED
-from pytest_ranks.launch.messages import Finished, OfRank, Phase, Raised
 from pytest_ranks.launch.rank_run import RankRun
+from pytest_ranks.launch.wire import Finished, OfRank, Phase, Raised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

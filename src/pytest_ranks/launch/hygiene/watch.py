@@ -9,7 +9,7 @@ from pytest_ranks.launch.hygiene import interpreter, libraries, torch_traits
 from pytest_ranks.launch.hygiene.descriptors import Descriptors
 from pytest_ranks.launch.hygiene.living import Children, Threads
 from pytest_ranks.launch.hygiene.trait import is_same
-from pytest_ranks.launch.messages import Leak
+from pytest_ranks.launch.wire import Leak
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable

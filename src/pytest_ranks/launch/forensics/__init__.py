@@ -1,0 +1,1 @@
+"""What ranks are doing, and why they do not end."""

@@ -1,0 +1,1 @@
+"""The controller's terminal, shared with ranks."""
