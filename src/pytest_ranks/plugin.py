@@ -112,6 +112,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     # In a rank the controller has asked already, once for all ranks.
     if not item.config.pluginmanager.has_plugin("ranks-session"):
         marks.enforce(item)
+        scan.check_mark_is_in_time(item)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -210,6 +210,11 @@ class Failing(Protocol):
         """Send the message and cut the group's sockets."""
 
 
+STRAY = (
+    "a child process that the test forked ran on into the code of the rank; end it with os._exit()"
+)
+
+
 class Rank:
     """One rank process, from its fork to its end."""
 
@@ -234,6 +239,7 @@ class Rank:
 
     def serve(self) -> None:
         """Answer requests until told to leave; never returns."""
+        self._channel.end_strays(Raised(headline=STRAY, traceback=STRAY, at=0.0))
         with contextlib.suppress(ChannelClosed):
             captured: tuple[int, ...] = ()
             if self._items is not None:

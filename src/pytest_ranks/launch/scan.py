@@ -22,6 +22,10 @@ ATTACHED = "ranks-attached"  # the plugin of a session that a launcher started o
 _SIGN = b"mark.ranks"
 # Options that only show what there is: --collect-only and its relatives.
 _RUN_NOTHING = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")
+LATE = (
+    "the mark ranks was added too late for it to run on ranks; add it at the test, or in "
+    "pytest_collection_modifyitems at the latest."
+)
 # A tree of more files than this is not scanned to its end: ranks then start at their first item.
 MOST_FILES = 3000
 
@@ -53,6 +57,16 @@ def after_collection(session: pytest.Session) -> None:
         _plugin(session).take_over(items)
     elif _is_attached(session):
         _plugin(session).start()
+
+
+def check_mark_is_in_time(item: pytest.Item) -> None:
+    """Fail an item whose mark came after it was decided which items run on ranks."""
+    if item.get_closest_marker("ranks") is None or "runtest" in vars(item):
+        return
+    if _may_run(item.session) and _has_torch() and marks.read(item).spec is not None:
+        import pytest
+
+        pytest.fail(f"{item.nodeid}: {LATE}", pytrace=False)
 
 
 def _may_run(session: pytest.Session) -> bool:

@@ -116,6 +116,9 @@ class ThreadItems:
             if names:
                 why = "output is captured once a process, not once a thread"
                 pytest.fail(sentence("threads", names[0], why, "gloo"), pytrace=False)
+            if "subtests" in getattr(item, "fixturenames", ()):
+                why = "pytest counts subtests once a process, not once a thread"
+                pytest.fail(sentence("threads", "subtests", why, "gloo"), pytrace=False)
             _compat.set_up(item)
 
     def pytest_runtest_call(self, item: pytest.Item) -> None:

@@ -84,7 +84,8 @@ class Descriptors:
         if key[0] in _compat_state.service_descriptors() or stat.S_ISCHR(mode):
             return False
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            return not _link(key).startswith("/memfd:")
+            # memory without a place, and the kernel's accounting that a launcher of ours reads
+            return not _link(key).startswith(("/memfd:", "/sys/fs/cgroup/"))
         return _group_marks() == self._groups
 
 

@@ -100,7 +100,7 @@ def _of_processes() -> Iterable[Trait]:
         for module in ("torch.distributed", "torch.distributed.distributed_c10d")
         for name, value in vars(sys.modules[module]).items()
         if not name.startswith("_") and callable(value)
-    ).trait()
+    ).trait(is_inherited=True)
 
 
 def _hooks() -> Iterable[Trait]:

@@ -62,14 +62,18 @@ class Names:
         self._places = list(places)
         self._folders = [(vars(module), name) for module, name in self._places]
 
-    def trait(self) -> Trait:
-        """Return what stands under the names as one trait."""
+    def trait(self, *, is_inherited: bool = False) -> Trait:
+        """Return what stands under the names as one trait.
+
+        Args:
+            is_inherited: whether a fork has it from the process it comes from.
+        """
         return Trait(
             name="functions",
             read=self._read,
             write=self._write,
             tell=self._tell,
-            is_inherited=True,
+            is_inherited=is_inherited,
         )
 
     def _read(self) -> list[Any]:
