@@ -42,13 +42,20 @@ API = {
             "host:RankHost",
             "faults:Faults()",
             "faults:inject_faults",
-            "triggers:step",
+            "injection.triggers:step",
+            "injection.triggers:AtStep",
         ),
     ),
     "reference": ("pytest_ranks.reference", None),
     "errors": (
         "pytest_ranks.errors",
-        (":BadInputError", ":UnavailableError", ":RankFailure", ":RankTimeout"),
+        (
+            ":BadInputError",
+            ":FidelityError",
+            ":UnavailableError",
+            ":RankFailure",
+            ":RankTimeout",
+        ),
     ),
 }
 """Page -> module, and what of it is public: None means its `__all__`. With `()` the constructor is ours alone."""

@@ -200,3 +200,13 @@ def test_the_line_to_reproduce_is_one_word_for_a_shell(request, name):
     assert words[:2] == ["reproduce:", "pytest"]
     here, there = request.config.invocation_params.dir, request.config.rootpath
     assert words[2:] == [os.path.relpath(there, here).removeprefix(".").lstrip("/") + Item.nodeid]
+
+
+def test_a_headline_is_short_however_long_the_message_is() -> None:
+    from pytest_ranks.launch.reporting.item_failures import MOST_CHARACTERS, _headline
+
+    assert _headline("ValueError: short") == "ValueError: short"
+    long = _headline("ValueError: " + "y" * 3_000_000)
+    assert long.startswith("ValueError: yyy")
+    assert long.endswith(f"y [... {3_000_012 - MOST_CHARACTERS} characters]")
+    assert len(long) < MOST_CHARACTERS + 40

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.outcome import ExpectedEnd, RankResult
     from pytest_ranks.launch.rank_run import RankRun
 
+MOST_CHARACTERS = 500  # of a headline; the report below it has all of the message
+
 
 def failures_of(
     run: RankRun, result: RankResult, expected_end: ExpectedEnd | None
@@ -88,7 +90,9 @@ def _headline(message: str) -> str:
     lines = [line for line in message.splitlines() if line.strip()]
     if lines and lines[0].startswith("file "):  # where pytest looked for a fixture, then the error
         lines = [line[1:].strip() for line in lines if line.startswith("E  ")] or lines
-    return lines[0] if lines else "failed"
+    first = lines[0] if lines else "failed"
+    left_out = len(first) - MOST_CHARACTERS
+    return f"{first[:MOST_CHARACTERS]} [... {left_out} characters]" if left_out > 0 else first
 
 
 def _line(longrepr: Any) -> str:
