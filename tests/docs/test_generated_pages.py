@@ -65,6 +65,7 @@ def test_every_option_and_fixture_is_there(pages):
         assert (row.option if row.flag else row.setting) in pages["options"]
     assert re.findall(r"^## `(\w+)`$", pages["fixtures"], re.MULTILINE) == [
         "rank",
+        "ranks_fidelity",
         "faults",
         "launch",
         "tiny_model",

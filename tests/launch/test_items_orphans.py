@@ -37,7 +37,7 @@ def test_no_process_survives_the_session(start_session, tmp_path, number, forked
     pids = {int(pid) for file in files for pid in file.read_text().split()}
     assert len(pids) == 2 + 1 + 2  # ranks, the zygote, what the ranks started
     session.send_signal(number)
-    session.wait(timeout=30)
+    session.wait(timeout=120)
     assert still_alive(pids) == []
 
 
@@ -66,7 +66,7 @@ def test_a_zygote_that_hangs_does_not_survive_either(start_session, tmp_path, fo
         assert session.poll() is None, "the session ended before its zygote collected"
         time.sleep(0.02)
     session.kill()
-    session.wait(timeout=30)
+    session.wait(timeout=120)
     assert still_alive([int(noted.read_text())]) == []
 
 
@@ -90,7 +90,7 @@ def test_no_script_survives_the_session(start_session, tmp_path):
     pids = {int(pid) for file in files for pid in file.read_text().split()}
     assert len(pids) == 2 + 1  # ranks and torchrun
     session.kill()
-    session.wait(timeout=30)
+    session.wait(timeout=120)
     assert still_alive(pids) == []
 
 

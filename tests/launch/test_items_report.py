@@ -427,7 +427,7 @@ def test_b(rank):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=180) == 2
     document = json.loads(path.read_text())
     assert (document["ended"], document["reason"]) == ("interrupted", "KeyboardInterrupt")
     assert document["exit_status"] == 2
