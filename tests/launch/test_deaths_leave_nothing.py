@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,7 @@ def surround(rank):
 @pytest.mark.ranks(2)
 def test_it(rank):
     kept = surround(rank)
+    dist.barrier()  # both have noted what they have
     if rank.index == 1:
         HOW
     dist.all_reduce(torch.ones(1))
@@ -71,6 +74,7 @@ WAIT = "time.sleep(1000)"
 @dataclass
 class Scene:
     folder: Path
+    temporary: Path
     process: subprocess.Popen[bytes]
     bystanders: list[subprocess.Popen[bytes]]
 
@@ -97,7 +101,7 @@ class Scene:
         while time.monotonic() < end and (left := [*alive(pids), *filter(Path.exists, files)]):
             time.sleep(0.02)
         assert left == [], self.output()
-        assert [path.name for path in (self.folder / "tmp").iterdir()] == ["pytest-of-root"]
+        assert [path.name for path in self.temporary.iterdir()] == ["pytest-of-root"]
         assert [one.poll() for one in self.bystanders] == [None] * len(self.bystanders)
         return status
 
@@ -116,8 +120,9 @@ def is_alive(pid):
 @pytest.fixture
 def start(tmp_path):
     """Start a session in a process group of its own, with bystanders in and beside it."""
-    for name in ("notes", "tmp"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "notes").mkdir()
+    # torch's manager of shared memory listens on a socket below, whose path has 107 characters at most
+    temporary = Path(tempfile.mkdtemp(prefix="rk", dir="/tmp"))
     started: list[subprocess.Popen[bytes]] = []
 
     def run(how: str = WAIT, *arguments: str, terminal: int | None = None) -> Scene:
@@ -126,7 +131,7 @@ def start(tmp_path):
         variables = {
             **environment(tmp_path),
             "NOTES": str(tmp_path / "notes"),
-            "TMPDIR": str(tmp_path / "tmp"),
+            "TMPDIR": str(temporary),
             "USER": "root",
             "LOGNAME": "root",
         }
@@ -146,12 +151,13 @@ def start(tmp_path):
             bystanders.append(subprocess.Popen(["sleep", "1000"], process_group=process.pid))
         output.close()
         started.extend((process, *bystanders))
-        return Scene(tmp_path, process, bystanders)
+        return Scene(tmp_path, temporary, process, bystanders)
 
     yield run
     for process in started:
         process.kill()
         process.wait()
+    shutil.rmtree(temporary)
 
 
 def take_terminal() -> None:

@@ -457,7 +457,7 @@ DISAGREE = r"the ranks disagree: "
         ("test_base_group", "call", FIRST + r"BaseExceptionGroup: several \(2 sub-exceptions\)"),
         ("test_surrogates", "call", FIRST + r"ValueError: a .* surrogate"),
         ("test_bytes_that_are_no_text", "call", FIRST + "exited with code 3 without a report"),
-        ("test_ten_megabytes", "call", FIRST + "Failed: x{10000000}"),
+        ("test_ten_megabytes", "call", FIRST + r"Failed: x+ \[\.\.\. \d+ characters\]"),
         ("test_chained", "call", CUT + "ValueError: root"),
         (
             "test_exception_in_a_thread",

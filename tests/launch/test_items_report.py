@@ -429,7 +429,10 @@ def test_b(rank):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=180) == 2
     document = json.loads(path.read_text())
-    assert (document["ended"], document["reason"]) == ("interrupted", "KeyboardInterrupt")
+    assert (document["ended"], document["reason"]) == (
+        "interrupted",
+        "KeyboardInterrupt: while test_it.py::test_b ran on 2 ranks",
+    )
     assert document["exit_status"] == 2
     assert document["unfinished"] == ["test_it.py::test_b"]
     assert [one["node_id"] for one in document["items"]] == ["test_it.py::test_a"]
