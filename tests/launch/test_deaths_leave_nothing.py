@@ -188,7 +188,7 @@ def test_ctrl_c_twice(start):
     scene.notes()
     scene.process.send_signal(signal.SIGINT)
     scene.process.send_signal(signal.SIGINT)
-    scene.end()
+    assert scene.end() in (pytest.ExitCode.INTERRUPTED, -signal.SIGINT)
 
 
 def test_the_controller_is_asked_to_end(start):
@@ -205,7 +205,7 @@ def test_the_terminal_is_closed(start):
     os.close(theirs)
     scene.notes()
     os.close(ours)
-    scene.end()
+    assert scene.end() == -signal.SIGHUP
 
 
 def test_a_rank_is_killed(start):

@@ -6,6 +6,8 @@ import signal
 import pytest
 
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.hardware.requirements import BACKEND_DEVICES
+from pytest_ranks.launch.fidelity.ladder import DEVICE_BACKENDS
 from pytest_ranks.launch.spec import SIGNATURE, RankSpec, fill, ranks
 
 
@@ -156,3 +158,7 @@ def test_a_size_that_is_no_parameter_gets_one_sentence(args, kwargs, text):
     with pytest.raises(BadInputError) as caught:
         fill(args, kwargs, {"w_size": 2})
     assert str(caught.value) == text
+
+
+def test_each_backend_with_devices_says_which_devices_they_are():
+    assert set(BACKEND_DEVICES) == set(DEVICE_BACKENDS)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.launch import deadline
-from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.rank_run import RankRun
 from pytest_ranks.launch.wire import Finished, OfRank, Phase, Raised
 
@@ -64,11 +63,6 @@ def is_spent(item: pytest.Item, spec: RankSpec) -> bool:
     """
     names = getattr(item, "fixturenames", ())
     return spec.fidelity == "threads" and not _PATCHING.isdisjoint(names)
-
-
-def is_hosted(spec: RankSpec) -> bool:
-    """Return whether one process plays all ranks of a test."""
-    return spec.fidelity in HOSTED
 
 
 def _run_of(rank: int, host: RankRun) -> RankRun:
