@@ -29,8 +29,23 @@ class DeviceRanks:
         self._desk = desk
         self._ahead: dict[int, Pool] = {}
 
-    def take(self, link: ZygoteLink, backend: str, world_size: int, *, owner: str) -> Pool:
+    def take(
+        self,
+        link: ZygoteLink,
+        backend: str,
+        world_size: int,
+        *,
+        owner: str,
+        discard: Callable[[Pool], None],
+    ) -> Pool:
         """Return fresh ranks, with a device leased for each.
+
+        Args:
+            link: to the zygote.
+            backend: the process group's.
+            world_size: how many ranks.
+            owner: the item's node id.
+            discard: ends ranks that died before they were needed.
 
         Raises:
             DevicesUnavailable: there are too few devices, or others kept them too long.
@@ -38,9 +53,14 @@ class DeviceRanks:
         """
         self.warm(link, world_size)  # it starts while we wait for devices
         devices = self._desk.check_out(backend, world_size, owner=owner)
-        pool = self._ahead.pop(world_size)
-        if not pool.ranks.is_alive():
-            pool = _start(link, world_size)
+        try:
+            pool = self._ahead.pop(world_size)
+            if not pool.ranks.is_alive():
+                discard(pool)
+                pool = _start(link, world_size)
+        except BaseException:
+            devices.lease.release()  # or this process would wait for itself
+            raise
         pool.devices = devices
         return pool
 

@@ -158,7 +158,9 @@ class RankService:
         assert self._pools is not None
         if self._has_devices(spec):
             assert self._devices is not None
-            return self._devices.take(self.link, spec.backend, spec.processes, owner=owner)
+            return self._devices.take(
+                self.link, spec.backend, spec.processes, owner=owner, discard=self._pools.kill
+            )
         return self._pools.take(key, fresh=is_alone(spec))
 
     def warm(self, spec: RankSpec) -> None:
@@ -221,6 +223,7 @@ class RankService:
         except BaseException:
             self._pools.kill(pool)
             self._link.close_store(port)
+            self.check_in(pool)
             raise
         is_used = any(not isinstance(said, Finished) for run in runs for said in run.messages)
         self._link.close_store(port, is_used=is_used)
