@@ -257,3 +257,31 @@ def test_items_get_devices_of_their_own(gpus, run_session) -> None:
     skipped = session.call("test_more_than_there_are")
     assert skipped.outcome == "skipped"
     assert "backend 'nccl': needs 4 CUDA or ROCm devices, found 3" in skipped.text
+
+
+ENDS_THE_ZYGOTE = """
+import os, signal, time
+import pytest
+
+pytestmark = pytest.mark.ranks(2, backend="nccl", init=False)
+
+
+def test_first(rank):
+    if rank.index == 0:
+        os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
+def test_second(rank, record_property):
+    record_property("sees", os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+
+
+def test_devices_are_given_back_where_the_zygote_dies(gpus, run_session) -> None:
+    session = run_session(
+        {"test_it.py": ENDS_THE_ZYGOTE}, "-p", "no:randomly", "-p", "no:rerunfailures"
+    )
+    assert "died of SIGKILL" in session.call("test_first").text
+    second = session.call("test_second")
+    assert second.outcome == "passed", session.output
+    assert dict(second.properties)["sees"] == "3,1"
