@@ -35,8 +35,8 @@ API = {
     "launch": (
         "pytest_ranks.launch",
         (
-            "rank:RankContext()",
-            "rank:current_rank",
+            "rank_context:RankContext()",
+            "rank_context:current_rank",
             "functions:Launcher()",
             "functions:ScriptResult",
             "host:RankHost",

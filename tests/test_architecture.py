@@ -61,6 +61,7 @@ FLOORS = (
 # Rooms on one floor of which the first may know the second.
 NEIGHBOURS = {
     "_compat_fidelity": {"errors"},
+    "_compat_terminal": {"_compat_state"},
     "launch.channel": {"errors", "_compat"},
     "launch.wire": {"errors", "_compat", "launch.terminal.asides"},
     "launch.spec": {"errors", "_compat", "launch.fidelity.ladder"},
@@ -87,6 +88,7 @@ RANK_MODULES = {
     "launch.fidelity.ladder": "which fidelities one process plays",
     "launch.hygiene": "what a test left behind",
     "launch.group": "the process group that the rank joins",
+    "launch.rank_context": "what a test knows of its rank",
     "launch.seeding": "the random generators, seeded before each test",
     "launch.startline": "where the ranks of a run wait for each other",
     "launch.kept": "what was done on a process group that is kept",

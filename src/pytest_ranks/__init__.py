@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.faults import Faults, inject_faults
     from pytest_ranks.launch.functions import Launcher, ScriptResult
     from pytest_ranks.launch.injection.triggers import step
-    from pytest_ranks.launch.rank import RankContext, current_rank
+    from pytest_ranks.launch.rank_context import RankContext, current_rank
     from pytest_ranks.models.families import tiny_model
 
 __version__ = "0.1.0"
@@ -46,14 +46,14 @@ _HOMES = {
     "BadInputError": "errors",
     "Faults": "launch.faults",
     "Launcher": "launch.functions",
-    "RankContext": "launch.rank",
+    "RankContext": "launch.rank_context",
     "RankFailure": "errors",
     "RankTimeout": "errors",
     "RanksError": "errors",
     "ScriptResult": "launch.functions",
     "UnavailableError": "errors",
     "check_trainer": "conformance.runner",
-    "current_rank": "launch.rank",
+    "current_rank": "launch.rank_context",
     "inject_faults": "launch.faults",
     "parametrize_with_checks": "conformance.parametrize",
     "step": "launch.injection.triggers",

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.faults import Faults
     from pytest_ranks.launch.functions import Launcher
-    from pytest_ranks.launch.rank import RankContext
+    from pytest_ranks.launch.rank_context import RankContext
 
 
 @pytest.fixture
 def rank() -> RankContext:
     """The rank that runs this test: index, world_size, device, mesh, gather(), barrier()."""
     from pytest_ranks.errors import UnavailableError
-    from pytest_ranks.launch.rank import current_rank
+    from pytest_ranks.launch.rank_context import current_rank
 
     with contextlib.suppress(UnavailableError):
         return current_rank()
@@ -35,7 +35,7 @@ def rank() -> RankContext:
 @pytest.fixture
 def ranks_fidelity() -> str:
     """How real the ranks of this test are. Override it to choose, with `params=` for several."""
-    from pytest_ranks.launch.rank import current_rank
+    from pytest_ranks.launch.rank_context import current_rank
 
     return current_rank().fidelity
 
@@ -48,7 +48,7 @@ def faults(request: pytest.FixtureRequest) -> Generator[Faults]:
     `slow_network`. The test makes the same call on every rank.
     """
     from pytest_ranks.errors import UnavailableError
-    from pytest_ranks.launch.rank import current_rank
+    from pytest_ranks.launch.rank_context import current_rank
 
     context = None
     with contextlib.suppress(UnavailableError):

@@ -9,7 +9,7 @@ import pytest, time, torch
 import torch.distributed as dist
 from torch.distributed import all_gather_object, get_rank
 from pytest_ranks.errors import FidelityError
-from pytest_ranks.launch.rank import current_rank
+from pytest_ranks.launch.rank_context import current_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_ranks.errors import BadInputError, RankFailure, RankTimeout, UnavailableError
 from pytest_ranks.launch.host import RankHost
-from pytest_ranks.launch.rank import current_rank
+from pytest_ranks.launch.rank_context import current_rank
 
 pytest.importorskip("torch")
 

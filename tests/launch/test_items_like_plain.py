@@ -124,6 +124,24 @@ def test_caplog(caplog):
     assert caplog.messages == ["logged"]
 
 
+def test_caplog_of_a_logger_that_does_not_propagate(caplog):
+    alone = logging.getLogger("alone")
+    alone.propagate = False
+    with caplog.at_level(logging.INFO, "alone"):
+        alone.info("before it is heard")  # pytest attaches when a phase begins
+    alone.propagate = True
+
+
+STANDING = logging.getLogger("standing")
+STANDING.propagate = False
+
+
+def test_log_of_a_logger_that_does_not_propagate(caplog):
+    STANDING.error("stands alone")
+    assert caplog.messages == ["stands alone"]
+    assert not STANDING.handlers
+
+
 def test_recwarn(recwarn):
     warnings.warn("noted")
     assert len(recwarn) == 1
@@ -296,7 +314,7 @@ def by_id(session):
 def test_every_report_is_that_of_a_plain_test(plain, on_ranks):
     expected, got = by_id(plain), by_id(on_ranks)
     assert got == expected, on_ranks.output
-    assert len(got) == 45
+    assert len(got) == 47
     assert on_ranks.returncode == plain.returncode == 1
 
 

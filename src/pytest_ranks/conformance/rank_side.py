@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pytest_ranks.conformance.subject import SubjectRef, Trained, validated
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.launch.rank import current_rank
+from pytest_ranks.launch.rank_context import current_rank
 from pytest_ranks.observe.draws import Augmented
 from pytest_ranks.observe.spies import watch
 

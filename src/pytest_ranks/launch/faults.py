@@ -22,7 +22,7 @@ from pytest_ranks.launch.injection import triggers
 from pytest_ranks.launch.injection.injector import Injector
 from pytest_ranks.launch.injection.slow_link import SlowLink
 from pytest_ranks.launch.injection.traffic_control import ShapedInterface
-from pytest_ranks.launch.rank import current_rank
+from pytest_ranks.launch.rank_context import current_rank
 
 if TYPE_CHECKING:
     from collections.abc import Generator

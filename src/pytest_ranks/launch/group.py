@@ -208,16 +208,20 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         self._store: TCPStore | None = None
-        self._before: set[int] = set()
+        self._before: frozenset[int] = frozenset()
         self._mesh: tuple[object, DeviceMesh] | None = None
         self._kept = False
         self._initialised = 0
         self.kept = KeptGroups()
 
-    def watch(self) -> None:
-        """Note which sockets are open before the next run, so that none of them is ever cut."""
+    def watch(self, sockets: frozenset[int]) -> None:
+        """Note which sockets are open before the next run, so that none of them is ever cut.
+
+        Args:
+            sockets: their inodes.
+        """
         if not self._kept:
-            self._before = set(_open_sockets().values())
+            self._before = sockets
 
     def enter(self, world: World) -> None:
         """Get ready for a run: drop the last one's group unless it is kept; join none yet."""
@@ -297,7 +301,7 @@ class ProcessGroup:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=rendezvous.seconds),
             )
-            self.watch()
+            self.watch(frozenset(_open_sockets().values()))
         return self._store
 
     def mesh(self, world: World) -> DeviceMesh | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_ranks import _compat, marks, options
+from pytest_ranks import _compat, _compat_terminal, marks, options
 from pytest_ranks.errors import RankFailure, RankTimeout, UnavailableError
 from pytest_ranks.launch import deaths, interrupts, scopes, tokens
 from pytest_ranks.launch.devices import DevicesUnavailable
@@ -134,11 +134,13 @@ class RankItems:
     ) -> Generator[None, object, object]:
         """Remember what runs next in this session; have ranks before pytest-timeout's clock starts."""
         self._next = nextitem
-        if item.nodeid in self._index and _compat.timeout_of(item) is not None:
+        is_ours = item.nodeid in self._index
+        if is_ours and _compat.timeout_of(item) is not None:
             with contextlib.suppress(UnavailableError):  # the item meets it again
                 self._early = self._take(item)
         try:
-            result = yield
+            with _compat_terminal.listening_quickly() if is_ours else contextlib.nullcontext():
+                result = yield
         finally:
             if self._early is not None:  # the item did not run
                 self._service.give_back(self._key_of(item), self._early)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from pytest_ranks import _compat, options
+from pytest_ranks import _compat, _compat_terminal, options
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.fidelity.ladder import HOSTED
@@ -107,6 +107,11 @@ class RankSession:
         """Whether peers go on waiting for a failed rank, since somebody may look at it."""
         return self._debugger.holds_peers
 
+    @property
+    def sockets(self) -> frozenset[int]:
+        """Inodes of the sockets that were open at the end of the last item."""
+        return self._watch.sockets
+
     def run(self, request: RunItem, fail: Callable[[object], None]) -> Finished:
         """Run one item and return its reports; `fail` gets each that did not pass, at once."""
         item = self._items.get(request.node_id)
@@ -170,7 +175,7 @@ class RankSession:
         if world.fidelity == "threads":
             self._run_on_threads(item, self._request)
             return True
-        with _surroundings(world):
+        with _surroundings(world), _compat_terminal.listening_quickly():
             _compat.run_protocol(item, nextitem)
         return True
 
@@ -354,10 +359,9 @@ def _phase(
     config: pytest.Config, report: pytest.TestReport, at: float, error: BaseException | None
 ) -> Phase:
     data: dict[str, Any] = config.hook.pytest_report_to_serializable(config=config, report=report)
-    data["user_properties"] = [
-        (str(name), _plain(value)) for name, value in data.get("user_properties") or ()
-    ]
-    lost = [name for name, value in data.items() if not _is_plain(value)]
+    if properties := data.get("user_properties"):
+        data["user_properties"] = [(str(name), _plain(value)) for name, value in properties]
+    lost = [] if _is_plain(data) else [name for name in data if not _is_plain(data[name])]
     for name in lost:
         del data[name]
     return Phase(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.launch import group, rank
+from pytest_ranks.launch import group
 from pytest_ranks.launch.fidelity import refusals
+from pytest_ranks.launch.rank_context import context_of, set_current
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ class Host:
             from pytest_ranks.launch.fidelity import threads
 
             return threads.begin(world, is_kept=self._was_kept)
-        rank.set_current(rank.context_of(world, self._group))
+        set_current(context_of(world, self._group))
         return ()
 
 

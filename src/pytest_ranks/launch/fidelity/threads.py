@@ -11,9 +11,9 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.launch import rank as rank_module
 from pytest_ranks.launch.fidelity import floor, own_random
 from pytest_ranks.launch.group import ProcessGroup, original_init
+from pytest_ranks.launch.rank_context import context_of, set_current
 from pytest_ranks.launch.seeding import SEED
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def begin(world: World, *, is_kept: bool) -> tuple[int, ...]:
         ours.renew_floor()
     for rank, thread in enumerate(ours.threads):
         place = replace(world, rank=rank)
-        context = rank_module.context_of(place, ProcessGroup())
-        rank_module.set_current(context, thread=thread)
+        context = context_of(place, ProcessGroup())
+        set_current(context, thread=thread)
     return ours.threads
 
 

@@ -27,23 +27,38 @@ class Descriptors:
 
     Args:
         passing: open now and about to be closed.
+
+    Attributes:
+        sockets: inodes of the sockets that were open at the last look.
     """
 
     def __init__(self, passing: Collection[int] = ()) -> None:
         self._kept = {number for number in map(int, os.listdir(_FOLDER)) if _is_open(number)}
         self._kept.difference_update(passing)
+        kept = map(os.fstat, self._kept)
+        self._kept_sockets = frozenset(one.st_ino for one in kept if stat.S_ISSOCK(one.st_mode))
+        self.sockets: frozenset[int] = self._kept_sockets
         self._groups: tuple[object, ...] = ()
+        self._are_all_there = True
 
     def read(self) -> Mapping[Hashable, Any]:
         """Return what is open beyond what the process began with, with its kind."""
-        found: dict[Hashable, Any] = {}
-        for number in map(int, os.listdir(_FOLDER)):
-            if number not in self._kept:
-                try:
-                    status = os.fstat(number)
-                except OSError:  # that of this listing is closed by now
-                    continue
-                found[number, status.st_dev, status.st_ino] = status.st_mode
+        found: dict[Hashable, int] = {}
+        sockets = set(self._kept_sockets)
+        os.close(
+            free := os.open(os.devnull, os.O_RDONLY)
+        )  # the number that the listing will itself be open on
+        listed = set(map(int, os.listdir(_FOLDER)))
+        self._are_all_there = free not in self._kept and listed >= self._kept
+        for number in listed - self._kept:
+            try:
+                status = os.fstat(number)
+            except OSError:  # that of this listing is closed by now
+                continue
+            found[number, status.st_dev, status.st_ino] = status.st_mode
+            if stat.S_ISSOCK(status.st_mode):
+                sockets.add(status.st_ino)
+        self.sockets = frozenset(sockets)
         return found
 
     def begin(self) -> None:
@@ -51,8 +66,9 @@ class Descriptors:
         self._groups = _group_marks()
 
     def lost(self) -> list[str]:
-        """Return what is closed that the test did not open, as text."""
-        # a listing would not tell: it is itself open, on the lowest number that is free
+        """Return what was closed at the last look that the test did not open, as text."""
+        if self._are_all_there:
+            return []
         lost = {number for number in self._kept if not _is_open(number)}
         self._kept -= lost
         return [f"descriptor {number}, which it did not open, is closed" for number in lost]

@@ -147,6 +147,11 @@ class StateWatch:
             return False
         return is_same(before, trait.read())
 
+    @property
+    def sockets(self) -> frozenset[int]:
+        """Inodes of the sockets that were open at the end of the last test."""
+        return self._descriptors.sockets
+
     # ---- fixtures wider than a test
 
     def before_wide(self) -> None:

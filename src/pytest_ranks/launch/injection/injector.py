@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.injection.slow_link import SlowLink
     from pytest_ranks.launch.injection.traffic_control import ShapedInterface
-    from pytest_ranks.launch.rank import RankContext
+    from pytest_ranks.launch.rank_context import RankContext
 
 # A peer that waits elsewhere never comes: then the fault strikes without it.
 PEERS_SECONDS = 10.0

@@ -8,6 +8,7 @@ import sys
 
 from pytest_ranks import _compat_terminal
 
+_LIBRARY = ctypes.CDLL(None)
 _LINES = 1  # _IOLBF of glibc's and musl's stdio.h
 
 
@@ -15,10 +16,9 @@ def write_by_lines() -> None:
     """Have Python and C hand on each line at once, as they do on a terminal."""
     for stream in (sys.__stdout__, sys.__stderr__):
         _compat_terminal.by_lines(stream)
-    library = ctypes.CDLL(None)
     with contextlib.suppress(ValueError):  # a C library that names it otherwise
-        stdout = ctypes.c_void_p.in_dll(library, "stdout")
-        library.setvbuf(stdout, None, _LINES, 0)
+        stdout = ctypes.c_void_p.in_dll(_LIBRARY, "stdout")
+        _LIBRARY.setvbuf(stdout, None, _LINES, 0)
 
 
 def flush_everything() -> None:
@@ -26,4 +26,4 @@ def flush_everything() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    ctypes.CDLL(None).fflush(None)
+    _LIBRARY.fflush(None)
