@@ -172,3 +172,143 @@ def test_ranks_that_died_idle_are_replaced_and_that_is_said(run_session):
 def test_the_settings_can_be_given_anywhere(run_session, arguments, env, said):
     session = run_session({"test_it.py": "def test_it(): pass"}, *arguments, env=env)
     assert said in session.output
+
+
+WIDE = """
+import os, time
+import pytest, torch
+import torch.distributed as dist
+
+
+@pytest.fixture
+def pids(rank, record_property):
+    record_property("pids", " ".join(map(str, rank.gather(os.getpid()))))
+
+
+@pytest.mark.ranks(4)
+def test_of_four(rank, pids):
+    pass
+
+
+@pytest.mark.ranks(dp=2)
+def test_of_two(rank, pids):
+    found = torch.ones(1)
+    dist.all_reduce(found)
+    assert (found, rank.world_size, dist.get_world_size()) == (2, 2, 2)
+    assert (os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("2", "2")
+    assert rank.mesh.size() == 2
+
+
+@pytest.mark.ranks(4)
+def test_of_four_again(rank, pids):
+    found = torch.ones(1)
+    dist.all_reduce(found)
+    assert found == 4
+
+
+@pytest.mark.ranks(1)
+def test_of_one(rank, pids):
+    assert rank.gather(rank.index) == [0]
+
+
+@pytest.mark.ranks(2, isolate=True)
+def test_alone(rank, pids):
+    pass
+
+
+@pytest.mark.ranks(2, keep_group=True)
+class TestKept:
+    def test_kept(self, rank, pids):
+        pass
+
+
+@pytest.mark.ranks(2, timeout=60)
+def test_waits_in_vain(rank, pids):
+    if rank.index == 1:
+        dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.ranks(4)
+def test_of_four_after_that(rank, pids):
+    pass
+
+
+@pytest.mark.ranks(8)
+def test_of_eight(rank, pids):
+    pass
+
+
+@pytest.mark.ranks(1)
+def test_of_one_beside_eight(rank, pids):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(run_session):
+    return run_session({"test_it.py": WIDE}, *PLAIN)
+
+
+def test_a_narrow_test_runs_on_some_of_the_idle_ranks_of_a_wide_one(wide):
+    bad = {row.id.partition("::")[2] for row in wide.rows if row.outcome != "passed"}
+    assert bad == {"test_waits_in_vain"}, wide.output
+    four = pids(wide, "test_of_four")
+    assert len(four) == 4
+    assert four == pids(wide, "test_of_four_again")
+    assert len(pids(wide, "test_of_two")) == 2
+    assert pids(wide, "test_of_two") < four
+    assert pids(wide, "test_of_one") < four
+
+
+def test_what_asks_for_ranks_of_its_own_gets_them(wide):
+    four = pids(wide, "test_of_four")
+    assert pids(wide, "test_alone").isdisjoint(four)
+    assert pids(wide, "TestKept::test_kept").isdisjoint(four)
+
+
+def test_a_failure_on_some_ranks_is_told_of_these_and_ends_all(wide):
+    failed = wide.call("test_waits_in_vain")
+    assert "rank 1 was in all_reduce" in failed.text
+    assert "waiting for rank 0 that had finished" in failed.text
+    assert "rank 2" not in failed.text
+    assert pids(wide, "test_of_four").isdisjoint(pids(wide, "test_of_four_after_that"))
+
+
+def test_a_few_ranks_are_not_taken_out_of_very_many(wide):
+    assert pids(wide, "test_of_one_beside_eight").isdisjoint(pids(wide, "test_of_eight"))
+
+
+AHEAD = """
+import os, time
+from pathlib import Path
+import pytest
+from pytest_ranks.launch.processes import children, descendants
+
+
+@pytest.mark.ranks(3)
+def test_fails(rank):
+    Path(f"old{rank.index}").write_text(str(os.getpid()))
+    assert False
+
+
+def test_nobody_asks_for_ranks(record_property):
+    old = {int(path.read_text()) for path in Path().glob("old?")}
+    end, found = time.monotonic() + 60, []
+    while len(found) < 4 and time.monotonic() < end:  # three ranks, beside the store
+        below = [set(children(pid)) - old for pid in descendants(os.getpid())]
+        found = max(below, key=len, default=[])
+        time.sleep(0.01)
+    record_property("pids", " ".join(map(str, found)))
+
+
+@pytest.mark.ranks(3)
+def test_next(rank, record_property):
+    record_property("pids", " ".join(map(str, rank.gather(os.getpid()))))
+"""
+
+
+def test_the_ranks_that_replace_others_are_there_before_they_are_needed(run_session):
+    session = run_session({"test_it.py": AHEAD}, *PLAIN)
+    bad = {row.id.partition("::")[2] for row in session.rows if row.outcome != "passed"}
+    assert bad == {"test_fails"}, session.output
+    assert pids(session, "test_next") < pids(session, "test_nobody_asks_for_ranks")

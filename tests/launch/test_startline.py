@@ -56,3 +56,20 @@ def test_a_line_is_crossed_again_and_again():
     assert len(rounds) == 50
     # who crossed for the n-th time did so after all had arrived for it, having crossed before
     assert all(max(before) <= min(after) for before, after in zip(rounds, rounds[2:], strict=False))
+
+
+def test_fewer_ranks_meet_at_the_same_line_and_all_of_them_again():
+    line, memory = StartLine.create(3)
+    try:
+        for size in (2, 3, 1, 3):
+            line.resize(size)
+            line.clear()
+            assert line.all_arrived() is None
+            ranks = [start(memory, rank) for rank in range(size)]
+            crossed = [float(one.communicate(timeout=60)[0]) for one in ranks]
+            last = line.all_arrived()
+            assert last is not None
+            assert min(crossed) >= last
+    finally:
+        os.close(memory)
+        line.close()

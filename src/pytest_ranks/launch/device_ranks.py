@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_ranks.launch.pool import Ranks
-from pytest_ranks.launch.pools import Pool
+from pytest_ranks.launch.pools import Pool, PoolKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,4 +81,6 @@ class DeviceRanks:
 
 
 def _start(link: ZygoteLink, world_size: int) -> Pool:
-    return Pool(ranks=Ranks(link, world_size, fresh=True), home_port=link.open_store())
+    ranks = Ranks(link, world_size, fresh=True)
+    shape = PoolKey(world_size=world_size, backend="")  # any: they are not kept for another test
+    return Pool(key=shape, ranks=ranks, home_port=link.open_store())

@@ -143,7 +143,7 @@ class RankItems:
                 result = yield
         finally:
             if self._early is not None:  # the item did not run
-                self._service.give_back(self._key_of(item), self._early)
+                self._service.give_back(self._early)
             self._early = None
         if self._session_end is not None:
             text, status = self._session_end

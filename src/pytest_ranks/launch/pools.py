@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_ranks.launch.link import ZygoteLink
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Idle ranks cost 6 to 25 MiB each; twice the ranks of the widest test by default.
 MOST_IDLE_RANKS = 128
+# Ranks that are there save a fork of about 10 ms each; but a test that fails ends them all.
+MOST_TIMES_TOO_MANY = 4
 LEAVE_SECONDS = 2.0
 
 
@@ -48,6 +50,7 @@ class Pool:
     """Ranks with the store that they keep their connections to.
 
     Attributes:
+        key: their shape.
         ranks: the processes.
         home_port: of the store.
         last_node_id: of the item that ran there last.
@@ -55,6 +58,7 @@ class Pool:
         replaces: what became of the ranks that were to serve in the place of these.
     """
 
+    key: PoolKey
     ranks: Ranks
     home_port: int
     last_node_id: str = ""
@@ -88,9 +92,9 @@ class Pools:
         return next(self._numbers)
 
     def take(self, key: PoolKey, *, fresh: bool = False) -> Pool:
-        """Return ranks of this shape, warm ones if there are any."""
+        """Return ranks of this shape, or of a wider one that waits, warm ones if there are any."""
         self._sweep()
-        pool = None if fresh else self._idle.pop(key, None)
+        pool = None if fresh else self._idle.pop(self._fitting(key), None)
         replaces = ""
         if pool is not None and not pool.ranks.is_alive():
             ends = ", ".join(pool.ranks.ends())
@@ -100,7 +104,19 @@ class Pools:
         if pool is None:
             pool = self._start(key)
             pool.replaces = replaces
+        pool.ranks.select(key.world_size)
         return pool
+
+    def _fitting(self, key: PoolKey) -> PoolKey:
+        """Return the shape of the idle pool to take: this one, or the least of those around it."""
+        if key in self._idle or key.scope is not None or self._make_ranks is not Ranks:
+            return key
+        most = key.world_size * MOST_TIMES_TOO_MANY
+        sizes = [
+            one.world_size for one in self._idle if replace(one, world_size=key.world_size) == key
+        ]
+        fitting = [size for size in sizes if key.world_size < size <= most]
+        return replace(key, world_size=min(fitting, default=key.world_size))
 
     def replace(self, key: PoolKey) -> None:
         """Start ranks of this shape, which are ready when the next test asks for them."""
@@ -112,17 +128,17 @@ class Pools:
         """Return whether ranks have served as often as they may."""
         return pool.ranks.runs >= self._max_uses
 
-    def give_back(self, key: PoolKey, pool: Pool) -> None:
-        """Keep ranks for the next test of this shape."""
-        if self.is_worn(pool) or key in self._idle:
+    def give_back(self, pool: Pool) -> None:
+        """Keep ranks for the next test of their shape."""
+        if self.is_worn(pool) or pool.key in self._idle:
             self.retire(pool)
             return
-        self._idle[key] = pool
+        self._idle[pool.key] = pool
         self._trim()
 
     def _start(self, key: PoolKey) -> Pool:
         ranks = self._make_ranks(self._link, key.world_size)
-        return Pool(ranks=ranks, home_port=self._link.open_store())
+        return Pool(key=key, ranks=ranks, home_port=self._link.open_store())
 
     def _trim(self) -> None:
         """Retire the pools that waited longest, so that the idle ranks stay within their number."""

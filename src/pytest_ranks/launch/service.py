@@ -171,12 +171,12 @@ class RankService:
     def _has_devices(self, spec: RankSpec) -> bool:
         return self._devices is not None and spec.backend in BACKEND_DEVICES
 
-    def give_back(self, key: PoolKey, pool: Pool) -> None:
+    def give_back(self, pool: Pool) -> None:
         """Keep ranks that did not run anything."""
         if self._pools is None:
             return
         if pool.devices is None:
-            self._pools.give_back(key, pool)
+            self._pools.give_back(pool)
             return
         self._pools.retire(pool)
         self.check_in(pool)
@@ -264,7 +264,7 @@ class RankService:
                 text = f"not proven clean, so the next test gets a fresh one: {reason}"
                 done.remarks.append(("Kept process group", text))
             is_worn = self._pools.is_worn(pool)
-            self._pools.give_back(key, pool)
+            self._pools.give_back(pool)
             self._replace(request, is_needed=is_worn)
             return []
         errors = self._tear_down(pool) if key.scope is not None else []

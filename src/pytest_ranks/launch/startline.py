@@ -40,13 +40,18 @@ class StartLine:
         memory = os.memfd_create("pytest-ranks-start")
         os.ftruncate(memory, _BARRIER + _TIME.size * world_size)
         line = cls(memory, world_size)
-        attributes = ctypes.create_string_buffer(_BARRIER)
-        line._library.pthread_barrierattr_init(attributes)
-        line._library.pthread_barrierattr_setpshared(attributes, _PROCESS_SHARED)
-        failed = line._library.pthread_barrier_init(line._barrier(), attributes, world_size)
-        if failed:
-            raise OSError(failed, os.strerror(failed))
+        line._begin()
         return line, memory
+
+    def resize(self, world_size: int) -> None:
+        """Have so many ranks meet here from now on; called while no rank is at work.
+
+        Args:
+            world_size: at most as many as the line was made for.
+        """
+        self._library.pthread_barrier_destroy(self._barrier())
+        self._world_size = world_size
+        self._begin()
 
     def clear(self) -> None:
         """Forget who arrived; called before a run, while no rank is at work."""
@@ -67,6 +72,15 @@ class StartLine:
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close()
+
+    def _begin(self) -> None:
+        attributes = ctypes.create_string_buffer(_BARRIER)
+        self._library.pthread_barrierattr_init(attributes)
+        self._library.pthread_barrierattr_setpshared(attributes, _PROCESS_SHARED)
+        count = self._world_size
+        failed = self._library.pthread_barrier_init(self._barrier(), attributes, count)
+        if failed:
+            raise OSError(failed, os.strerror(failed))
 
     def _barrier(self) -> ctypes.c_void_p:
         first = ctypes.c_char.from_buffer(self._memory)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.link import ZygoteLink
     from pytest_ranks.launch.machines.hub import Hub
     from pytest_ranks.launch.outcome import ExpectedEnd
-    from pytest_ranks.launch.pool import Peers
+    from pytest_ranks.launch.run_watch import Peers
 
 _LATE = ("deadline", "abandoned", "deadlock", "unready")
 
@@ -66,6 +66,10 @@ class SpreadRanks(Ranks):
     def are_fresh(self) -> bool:
         """Return whether ours is a process of its own, and no fork of the zygote."""
         return self._own.are_fresh()
+
+    def select(self, number: int) -> None:
+        """Have all of them do the next runs: each world of a session has ranks of its own here."""
+        assert number == self.world_size
 
     def look(self) -> dict[int, Sight]:
         """Return what our rank has issued."""
