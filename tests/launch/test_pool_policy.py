@@ -185,6 +185,16 @@ def pids(rank, record_property):
     record_property("pids", " ".join(map(str, rank.gather(os.getpid()))))
 
 
+@pytest.mark.ranks(8)
+def test_of_eight(rank, pids):
+    pass
+
+
+@pytest.mark.ranks(1)
+def test_of_one_beside_eight(rank, pids):
+    pass
+
+
 @pytest.mark.ranks(4)
 def test_of_four(rank, pids):
     pass
@@ -206,9 +216,9 @@ def test_of_four_again(rank, pids):
     assert found == 4
 
 
-@pytest.mark.ranks(1)
-def test_of_one(rank, pids):
-    assert rank.gather(rank.index) == [0]
+@pytest.mark.ranks(3)
+def test_of_three(rank, pids):
+    assert rank.gather(rank.index) == [0, 1, 2]
 
 
 @pytest.mark.ranks(2, isolate=True)
@@ -231,16 +241,6 @@ def test_waits_in_vain(rank, pids):
 @pytest.mark.ranks(4)
 def test_of_four_after_that(rank, pids):
     pass
-
-
-@pytest.mark.ranks(8)
-def test_of_eight(rank, pids):
-    pass
-
-
-@pytest.mark.ranks(1)
-def test_of_one_beside_eight(rank, pids):
-    pass
 """
 
 
@@ -254,10 +254,11 @@ def test_a_narrow_test_runs_on_some_of_the_idle_ranks_of_a_wide_one(wide):
     assert bad == {"test_waits_in_vain"}, wide.output
     four = pids(wide, "test_of_four")
     assert len(four) == 4
+    assert four < pids(wide, "test_of_eight")
     assert four == pids(wide, "test_of_four_again")
     assert len(pids(wide, "test_of_two")) == 2
     assert pids(wide, "test_of_two") < four
-    assert pids(wide, "test_of_one") < four
+    assert pids(wide, "test_of_three") < four
 
 
 def test_what_asks_for_ranks_of_its_own_gets_them(wide):
