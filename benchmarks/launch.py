@@ -4,10 +4,9 @@
 
 The same trivial test everywhere, an all_reduce over N gloo ranks. The harnesses take turns, round by
 round, so that whatever else the machine does meets all of them; a row is the median over all rounds, and
-its ratio is to our warm test with a fresh process group. Ours is the whole pytest item, from the
-beginning of its protocol to the end of its reports; the others are timed around one test method or one
-launch. What is not installed is said and left out. `expecttest` makes torch's own classes run,
-`accelerate` its fork launcher.
+its ratio is to our warm test with a fresh process group. Each is a pytest item in a session without
+other plugins, timed from the beginning of its protocol to the end of its reports. What is not installed
+is said and left out: `expecttest` makes torch's own classes run, `accelerate` its fork launcher.
 """
 
 from __future__ import annotations
@@ -46,10 +45,30 @@ import torch
 def test_plain():
     assert torch.ones(1) == 1
 """
+FUNCTION = """
+import pytest, torch
+import torch.distributed as dist
+
+
+def all_reduce():
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total == dist.get_world_size()
+
+
+@pytest.mark.parametrize("number", range({tests}))
+def test_all_reduce(number, launch):
+    launch(all_reduce, world_size={mark})
+"""
 FAKE = """
 import time
 import pytest, torch
 from torch.distributed.fsdp import fully_shard
+
+
+@pytest.mark.ranks(2, fidelity="fake")
+def test_warm_up(rank):
+    pass
 
 
 @pytest.mark.ranks(dp=128, tp=64, pp=8, fidelity="fake")
@@ -103,8 +122,17 @@ class Row:
         return statistics.median(self.later or self.first)
 
 
-def session(text: str) -> tuple[list[tuple[str, float]], float]:
-    """Return name and seconds of each item of a pytest session, and seconds to the first one's end."""
+def session(
+    text: str, *, plugin: str = "pytest_ranks.plugin", limit: float | None = None, **env: str
+) -> tuple[list[tuple[str, float]], float]:
+    """Return name and seconds of each item of a pytest session, and seconds to the first one's end.
+
+    Args:
+        text: of the test file.
+        plugin: the only one beside pytest's own.
+        limit: seconds to wait.
+        env: variables to set.
+    """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "test_it.py").write_text(text)
         Path(folder, "conftest.py").write_text(TIMER)
@@ -112,47 +140,51 @@ def session(text: str) -> tuple[list[tuple[str, float]], float]:
         start = time.time()
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pytest", "-q", "-p", "pytest_ranks.plugin"),
+                *(sys.executable, "-m", "pytest", "-q", "-rs", "-p", plugin),
                 *("-p", "no:cacheprovider", "--rootdir", folder),
             ],
             cwd=folder,
-            env={**os.environ, "TIMES": str(times), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            env={**os.environ, "TIMES": str(times), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **env},
             stdout=subprocess.PIPE,
             text=True,
             check=False,
+            timeout=limit,
         )
         if done.returncode:
-            raise SystemExit(f"a session failed:\n{done.stdout[-3000:]}")
+            raise RuntimeError(done.stdout)
         rows = json.loads(times.read_text())
         return [(name, seconds) for name, seconds, _ in rows], rows[0][2] - start
 
 
-def ours(mark: str, tests: int) -> list[float]:
-    return [seconds for _, seconds in session(FILE.format(mark=mark, tests=tests))[0]]
+def ours(mark: str, tests: int, *, text: str = FILE) -> list[float]:
+    return [seconds for _, seconds in session(text.format(mark=mark, tests=tests))[0]]
 
 
 def theirs(name: str, ranks: int, tests: int, limit: float) -> list[float] | str:
     """Return the seconds of each test in another harness, or why there are none."""
-    command = [sys.executable, str(HERE / "harnesses.py"), name, str(ranks), str(tests)]
+    text = (HERE / "harnesses.py").read_text()
+    chosen = {"HARNESS": name, "RANKS": str(ranks), "TESTS": str(tests)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        rows, _ = session(text, plugin="no:ranks", limit=limit, **chosen)
     except subprocess.TimeoutExpired:
         return f"not over after {limit:g} s"
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["failed without a word"])[-1]
-    return [float(seconds) for seconds in json.loads(done.stdout.splitlines()[-1])]
+    except RuntimeError as error:
+        said = [line for line in str(error).splitlines() if line.startswith(("SKIPPED", "FAILED"))]
+        return said[0] if said else f"failed: {str(error)[-300:]}"
+    return [seconds for _, seconds in rows]
 
 
 OURS = (
-    ("fresh group", "{n}", 200),
-    ("kept group", "{n}, keep_group=True", 200),
-    ("isolated", "{n}, isolate=True", 20),
+    ("fresh group", "{n}", 200, FILE),
+    ("kept group", "{n}, keep_group=True", 200, FILE),
+    ("isolated", "{n}, isolate=True", 20, FILE),
+    ("launch(function)", "{n}", 20, FUNCTION),
 )
 # how many tests a round: those that start processes for each test take seconds
 THEIRS = (
-    ("threads (MultiThreadedTestCase)", "MultiThreadedTestCase", 50),
-    ("MultiProcContinuousTest", "MultiProcContinuousTest", 50),
-    ("multiprocessing.Pool, kept", "pool kept", 50),
+    ("threads (MultiThreadedTestCase)", "MultiThreadedTestCase", 200),
+    ("MultiProcContinuousTest", "MultiProcContinuousTest", 200),
+    ("multiprocessing.Pool, kept", "pool kept", 200),
     ("accelerate debug_launcher", "debug_launcher", 5),
     ("multiprocessing.Pool", "pool", 2),
     ("torch.multiprocessing.spawn", "spawn", 2),
@@ -173,8 +205,9 @@ def compare(chosen: argparse.Namespace) -> tuple[list[Row], list[str]]:
 
     for number in range(chosen.rounds):
         for ranks in chosen.ranks:
-            for name, mark, tests in OURS:
-                add(name, ranks, ours(mark.format(n=ranks), max(3, tests // chosen.share)))
+            for name, mark, tests, text in OURS:
+                count = max(3, tests // chosen.share)
+                add(name, ranks, ours(mark.format(n=ranks), count, text=text))
             print(f"round {number + 1}, {ranks} ranks", file=sys.stderr, flush=True)
             for title, name, tests in THEIRS:
                 is_chosen = not chosen.harnesses or name in chosen.harnesses
@@ -213,8 +246,9 @@ def many_ranks(tests: int) -> dict[str, float]:
         first, *later = ours(mark, tests)
         found[f"{name}: first test"] = first
         found[f"{name}: warm test"] = statistics.median(later)
-    for name, seconds in session(FAKE)[0][1:]:
-        found[f"fake, {name}"] = seconds
+    _, (_, mesh), (_, step) = session(FAKE)[0]
+    found["fake: a mesh of 65,536 ranks"] = mesh
+    found["fake: one FSDP2 step on 4,096 ranks"] = step
     return found
 
 
@@ -290,7 +324,7 @@ def picture(report: Report) -> str:
         f'height="{height * len(rows) + 40}" font-family="sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    names = {name for name, _, _ in OURS}
+    names = {one[0] for one in OURS}
     for index, (row, value) in enumerate(zip(rows, values, strict=True)):
         y = 8 + index * height
         length = width * (math.log10(value) - low) / (high - low)

@@ -90,7 +90,8 @@ class Launcher:
         check_run(world_size, timeout)
         self._check_most(world_size)
         if self._host is None:
-            self._host = RankHost(preload=("torch",))
+            # a function of a test file comes with what that imports
+            self._host = RankHost(preload=("torch", "pytest"))
         return self._host.run(
             fn,
             world_size=world_size,

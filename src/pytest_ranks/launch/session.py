@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from pytest_ranks.launch import coverage
 from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.hygiene.watch import Inherited, StateWatch
+from pytest_ranks.launch.preparation import keeping_all
 from pytest_ranks.launch.quiet import make_quiet
 from pytest_ranks.launch.scopes import Sibling
 from pytest_ranks.launch.terminal.asides import Subtest
@@ -63,13 +63,13 @@ class RankSession:
 
     def collect(self, files: tuple[str, ...]) -> None:
         """Collect test files; what goes wrong is told when an item is missed."""
-        try:
-            self._session.perform_collect(list(files))
-        except BaseException as error:
-            self._errors[""] = f"{type(error).__name__}: {error}"
-        self._warnings.clear()  # the controller's own collection recorded the same
-        self._inherited = Inherited()
-        gc.freeze()  # else a collection in a rank would walk, and copy, all that was imported
+        with keeping_all():
+            try:
+                self._session.perform_collect(list(files))
+            except BaseException as error:
+                self._errors[""] = f"{type(error).__name__}: {error}"
+            self._warnings.clear()  # the controller's own collection recorded the same
+            self._inherited = Inherited()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
