@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
 from pytest_ranks.launch.kept import GroupState, KeptGroups
+from pytest_ranks.launch.resolver import looking_up_in_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.wire import Rendezvous, World
 
 LOOPBACK = "127.0.0.1"
-# Cuts each reverse look-up of a store connection from 5 seconds to 1 where the resolver is silent.
+# Cuts each reverse look-up of a connection to a test's own store from 5 seconds to 1 where the
+# resolver is silent; connections to ours make none.
 RESOLVER_OPTIONS = "timeout:1 attempts:1"
 
 RANK_VARIABLES = (
@@ -294,13 +296,15 @@ class ProcessGroup:
         if self._store is None:
             import torch.distributed as dist
 
-            self._store = dist.TCPStore(  # type: ignore[attr-defined]
-                rendezvous.host,
-                rendezvous.home_port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=rendezvous.seconds),
-            )
+            is_near = rendezvous.host == LOOPBACK
+            with looking_up_in_files() if is_near else contextlib.nullcontext():
+                self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                    rendezvous.host,
+                    rendezvous.home_port,
+                    is_master=False,
+                    wait_for_workers=False,
+                    timeout=timedelta(seconds=rendezvous.seconds),
+                )
             self.watch(frozenset(_open_sockets().values()))
         return self._store
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch.channel import Channel, channel_pair
 from pytest_ranks.launch.group import LOOPBACK
+from pytest_ranks.launch.resolver import look_up_in_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,6 +94,7 @@ class Stores:
 
 def serve_stores(channel: Channel) -> NoReturn:
     """Answer each request with the port of a store that nobody has written to."""
+    look_up_in_files()
     stores: dict[int, tuple[Any, int]] = {}  # with how many keys it was born
     while True:
         (verb, port), _ = channel.receive()
