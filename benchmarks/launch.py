@@ -372,18 +372,17 @@ def main() -> None:
         chosen.rounds, chosen.share = 1, max(chosen.share, 10)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    before = os.getloadavg()[0]
+    load = os.getloadavg()[0]
     rows, missing = compare(chosen)
     report = Report(
         machine=machine(),
         date=datetime.date.today().isoformat(),
-        load="",
+        load=f"{load:.1f} at the start",
         rows=rows,
         missing=missing,
         start=from_nothing(chosen.rounds),
         many={} if chosen.quick else many_ranks(10),
     )
-    report.load = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
     print("\n".join([report.machine, f"load {report.load}", "", *table(report)]))
     if chosen.json:
         chosen.json.write_text(json.dumps(asdict(report), indent=1))
