@@ -31,3 +31,19 @@ def test_what_is_imported_is_no_garbage_and_none_of_a_collectors_business(before
         check=False,
     )
     assert done.stdout.strip() == expected, done.stderr
+
+
+def test_what_every_rank_would_import_to_be_seeded_is_imported_once():
+    pytest.importorskip("numpy")
+    body = """
+import sys
+from pytest_ranks.launch.preparation import prepare
+from pytest_ranks.launch.seeding import seed_everything
+from pytest_ranks.launch.wire import Prepare
+prepare(Prepare(modules=("numpy", "torch")))
+before = set(sys.modules)
+seed_everything()
+print(sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr

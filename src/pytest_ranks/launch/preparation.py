@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pytest_ranks.launch import coverage
 from pytest_ranks.launch.group import let_tests_initialise
+from pytest_ranks.launch.seeding import load_generators
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -37,6 +38,7 @@ def prepare(request: Prepare) -> None:
                     let_tests_initialise()
                 if name:  # packages that import on demand do so when the name is looked up
                     getattr(found, name)
+        load_generators()
 
 
 @contextlib.contextmanager

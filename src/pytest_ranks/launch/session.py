@@ -21,6 +21,7 @@ from pytest_ranks.launch.hygiene.watch import Inherited, StateWatch
 from pytest_ranks.launch.preparation import keeping_all
 from pytest_ranks.launch.quiet import make_quiet
 from pytest_ranks.launch.scopes import Sibling
+from pytest_ranks.launch.seeding import load_generators
 from pytest_ranks.launch.terminal.asides import Subtest
 from pytest_ranks.launch.terminal.debugger import RankDebugger
 from pytest_ranks.launch.terminal.output import flush_everything, write_by_lines
@@ -69,6 +70,7 @@ class RankSession:
             except BaseException as error:
                 self._errors[""] = f"{type(error).__name__}: {error}"
             self._warnings.clear()  # the controller's own collection recorded the same
+            load_generators()
             self._inherited = Inherited()
 
     @pytest.hookimpl(tryfirst=True)
