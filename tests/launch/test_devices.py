@@ -8,27 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from launch.fake_gpus import lay_out_gpus
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.hardware.leases import Leases
 from pytest_ranks.hardware.machine import Machine
 from pytest_ranks.hardware.probes import probe
 from pytest_ranks.launch.devices import DeviceDesk
 
-GPUS = "\n".join(f"{n}, GPU-{n}{n}, 81559, 570.86.15, NVIDIA H100, 9.0" for n in range(4))
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A machine with four GPUs, whose nvidia-smi says who holds memory from a file."""
     folder = tmp_path / "machine"
-    program = folder / "usr" / "bin" / "nvidia-smi"
-    program.parent.mkdir(parents=True)
-    (folder / "gpus").write_text(GPUS + "\n")
-    (folder / "holders").write_text("")
-    program.write_text(
-        f'#!/bin/sh\ncase "$1" in *compute-apps*) cat {folder}/holders;; *) cat {folder}/gpus;; esac\n'
-    )
-    program.chmod(0o755)
+    folder.mkdir()
+    lay_out_gpus(folder, program=folder / "usr" / "bin" / "nvidia-smi")
     return folder
 
 
@@ -74,10 +67,11 @@ def test_memory_that_stays_is_told_with_who_holds_it(root: Path) -> None:
 
 def test_a_lease_outlives_no_process(root: Path) -> None:
     program = (
-        "import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1]));"
-        "from pathlib import Path; from test_devices import desk;"
+        "import os, sys; sys.path.insert(0, sys.argv[1]);"
+        "from pathlib import Path; from launch.test_devices import desk;"
         "desk(Path(sys.argv[2])).check_out('nccl', 4, owner='gone', timeout=0); os._exit(9)"
     )
-    done = subprocess.run([sys.executable, "-c", program, __file__, str(root)], check=False)
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", program, tests, str(root)], check=False)
     assert done.returncode == 9
     assert desk(root).check_out("nccl", 4, owner="test_a", timeout=0).torch_name(3) == "cuda:3"

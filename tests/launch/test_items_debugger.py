@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -129,7 +130,8 @@ def debug(tmp_path) -> Iterator[Callable[..., Terminal]]:
 
 
 def test_a_breakpoint_stops_the_chosen_rank_alone_and_the_test_goes_on(debug):
-    terminal = debug("--ranks-debug=1", "-k", "stops or last", "--timeout=2")
+    others = [] if find_spec("pytest_timeout") is None else ["--timeout=2"]
+    terminal = debug("--ranks-debug=1", "-k", "stops or last", *others)
     shown = terminal.read_until("(Pdb) ")
     assert "[rank 1 of 2 has the terminal]" in shown
     assert "PDB set_trace (IO-capturing turned off)" in shown

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.fake_gpus import lay_out_gpus
 from pytest_ranks.errors import RankFailure, UnavailableError
 from pytest_ranks.launch.host import RankHost
 
@@ -109,22 +110,15 @@ def hold_memory(holders: str) -> None:
 @pytest.fixture
 def gpus(tmp_path, monkeypatch) -> Path:
     """Have nvidia-smi tell of four GPUs; returns the file in which it finds who holds memory."""
-    lines = [f"{n}, GPU-{n}{n}, 81559, 570.86.15, NVIDIA H100, 9.0" for n in range(4)]
-    (tmp_path / "gpus").write_text("\n".join(lines) + "\n")
-    (tmp_path / "holders").write_text("")
     program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text(
-        f'#!/bin/sh\ncase "$1" in *compute-apps*) cat {tmp_path}/holders;; *) cat {tmp_path}/gpus;; esac\n'
-    )
-    program.chmod(0o755)
+    holders = lay_out_gpus(tmp_path, program=program)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the leases lie
     monkeypatch.setattr("tempfile.tempdir", None)
     if Path("/dev/nvidiactl").exists():
         pytest.skip("a driver is here, which tells of its own devices")
-    return tmp_path / "holders"
+    return holders
 
 
 def test_ranks_with_devices_see_what_was_leased_alone(gpus) -> None:
