@@ -6,6 +6,7 @@ Nothing on the gloo path depends on one of them: each has an answer for the case
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -161,7 +162,9 @@ def intercept_operators(
 
     def stand_before(name: str, operator: Any) -> None:
         def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-            return around(name, args, lambda: operator.redispatch(keyset & below, *args, **kwargs))
+            __tracebackhide__ = True
+            issue = functools.partial(operator.redispatch, keyset & below, *args, **kwargs)
+            return around(name, args, issue)
 
         library.impl(name, kernel, "BackendSelect", with_keyset=True)  # type: ignore[no-untyped-call]
 
@@ -338,9 +341,10 @@ def make_longrepr(
         file, line, _ = item.location
         place = ReprFileLocation(str(file), (line or 0) + 1, head)
     chain: list[Any] = [(block(f"{head}\n{below}" if below else head), None, None)]
+    is_told = head.endswith(str(inner).strip())  # such as of `pytest.fail("no", pytrace=False)`
     if isinstance(inner, ExceptionChainRepr):
-        chain += inner.chain
-    elif inner is not None:
+        chain += [] if is_told else inner.chain
+    elif inner is not None and not is_told:
         chain.append((block(str(inner)), None, None))
     elif text:
         chain.append((block(text), None, None))

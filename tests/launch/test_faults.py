@@ -465,6 +465,57 @@ def test_own_failure_says_more(rank, faults):
     raise ValueError("own")
 
 
+@pytest.mark.ranks(2)
+def test_no_such_rank(rank, faults):
+    faults.kill(rank=7)
+
+
+@pytest.mark.ranks(2)
+def test_no_such_time(rank, faults):
+    faults.delay(1, "x")
+
+
+@pytest.mark.ranks(2)
+def test_no_such_signal(rank, faults):
+    faults.kill(1, sig="no")
+
+
+@pytest.mark.ranks(2)
+def test_no_such_moment(rank, faults):
+    faults.drop_store(at="nonsense")
+
+
+@pytest.mark.ranks(2)
+def test_no_such_step(rank, faults):
+    faults.hang(1, at=step(0))
+
+
+@pytest.mark.ranks(2)
+def test_no_exception(rank, faults):
+    faults.raise_(1, "no")
+
+
+@pytest.mark.ranks(2)
+def test_no_network(rank, faults):
+    faults.slow_network()
+
+
+@pytest.mark.ranks(2)
+def test_no_interface(rank, faults):
+    faults.slow_network(interface="none", latency=1)
+
+
+@pytest.mark.ranks(2)
+def test_raised_at_once(rank, faults):
+    faults.raise_(1, ValueError("now"))
+
+
+@pytest.mark.ranks(2)
+def test_raised_in_a_collective(rank, faults):
+    faults.raise_(1, ValueError("now"), at="barrier#1")
+    dist.barrier()
+
+
 def test_no_mark(faults):
     pass
 
@@ -563,7 +614,21 @@ def test_a_fault_that_was_missed_or_not_declared_fails(failing, name, text):
     row = failing.call(name)
     assert row.outcome == "failed"
     assert text in row.text, row.text
-    assert ("never happened" in row.text) == ("never happened" in text)
+    assert row.text.count("never happened") == text.count("never happened"), row.text
+    assert "traceback entries are hidden" not in row.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("no_such_rank", "no_such_time", "no_such_signal", "no_such_moment", "no_such_step"),
+        *("no_exception", "no_network", "no_interface", "raised_at_once", "raised_in_a_collective"),
+    ],
+)
+def test_a_bad_argument_is_shown_where_the_test_has_it(failing, name):
+    text = failing.call(f"test_{name}").text
+    assert "\n>       faults." in text or "\n>       dist.barrier()" in text, text
+    assert "pytest_ranks/" not in text
 
 
 def test_a_hang_that_takes_the_survivors_along_is_named(failing):

@@ -74,6 +74,7 @@ class Faults:
         Raises:
             BadInputError: an argument cannot be used.
         """
+        __tracebackhide__ = True
         number = _signal(sig)
         given = {"rank": rank} | ({} if number.name == "SIGKILL" else {"sig": number.name})
         self._injector.arm("kill", given, lambda: _send(number), at=at, after=after)
@@ -93,6 +94,7 @@ class Faults:
         Raises:
             BadInputError: an argument cannot be used.
         """
+        __tracebackhide__ = True
         self._injector.arm("hang", {"rank": rank}, _freeze, at=at, after=after)
 
     def delay(
@@ -114,6 +116,7 @@ class Faults:
         Raises:
             BadInputError: an argument cannot be used.
         """
+        __tracebackhide__ = True
         length = triggers.check_seconds("faults.delay", "seconds", seconds)
         given = {"rank": rank, "seconds": seconds}
         self._injector.arm("delay", given, lambda: time.sleep(length), at=at, after=after)
@@ -138,6 +141,7 @@ class Faults:
         Raises:
             BadInputError: an argument cannot be used.
         """
+        __tracebackhide__ = True
         is_class = isinstance(exception, type) and issubclass(exception, BaseException)
         if not is_class and not isinstance(exception, BaseException):
             raise BadInputError(
@@ -146,6 +150,7 @@ class Faults:
             )
 
         def strike() -> None:
+            __tracebackhide__ = True
             raise exception
 
         given = {"rank": rank, "exception": exception}
@@ -161,6 +166,7 @@ class Faults:
         Raises:
             BadInputError: an argument cannot be used.
         """
+        __tracebackhide__ = True
         self._injector.arm("drop_store", {}, self._injector.lose_store, at=at, after=after)
 
     def slow_network(
@@ -188,6 +194,7 @@ class Faults:
             BadInputError: an argument cannot be used.
             UnavailableError: there is no traffic control here.
         """
+        __tracebackhide__ = True
         delay = triggers.check_seconds("faults.slow_network", "latency", latency)
         if bandwidth is None and delay == 0:
             raise BadInputError(
@@ -221,6 +228,7 @@ def inject_faults() -> Generator[Faults]:
         UnavailableError: this process plays no rank, or this torch lets nobody see collectives.
         AssertionError: the block ended without an error, and a fault never happened.
     """
+    __tracebackhide__ = True
     injector = Injector(current_rank())
     injector.start()
     try:
@@ -244,7 +252,6 @@ class MissedFaults:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self) -> Generator[None]:
         """Look once the test's body is over without an error."""
-        __tracebackhide__ = True
         try:
             yield
             self.tell()
@@ -254,7 +261,6 @@ class MissedFaults:
 
     def tell(self) -> None:
         """Fail where that was not told."""
-        __tracebackhide__ = True
         missed = self._injector.settle()
         if missed and not self._is_told:
             self._is_told = True
@@ -263,6 +269,7 @@ class MissedFaults:
 
 def _signal(found: object) -> signal.Signals:
     """Return a signal that ends a process, unless that has a handler for it."""
+    __tracebackhide__ = True
     names = [name for name in signal.Signals.__members__ if name not in NOT_DEADLY]
     name = found.name if isinstance(found, signal.Signals) else found
     if name in names:
@@ -280,6 +287,7 @@ def _signal(found: object) -> signal.Signals:
 
 def _send(number: signal.Signals) -> None:
     """Send a signal to this process, in this thread where Python has it act in this one."""
+    __tracebackhide__ = True
     if threading.current_thread() is threading.main_thread():
         signal.raise_signal(number)
     else:

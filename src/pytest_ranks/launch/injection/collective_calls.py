@@ -96,6 +96,7 @@ class Collectives:
         Raises:
             UnavailableError: this torch lets nobody see them.
         """
+        __tracebackhide__ = True
         self._remove = _compat.intercept_operators("c10d", tuple(NAMES), self._see)
         if self._remove is None:
             import torch
@@ -112,6 +113,7 @@ class Collectives:
             self._remove = None
 
     def _see(self, operator: str, arguments: tuple[Any, ...], issue: Callable[[], Any]) -> Any:
+        __tracebackhide__ = True
         group = _compat.process_group_among(arguments)
         if group is None:
             return issue()

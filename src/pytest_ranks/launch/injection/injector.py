@@ -71,6 +71,7 @@ class Injector:
     """
 
     def __init__(self, context: RankContext) -> None:
+        __tracebackhide__ = True
         if context._tell is None:
             raise BadInputError(
                 f"faults: found ranks of fidelity {context.fidelity!r}, expected ranks with a "
@@ -152,6 +153,7 @@ class Injector:
         Raises:
             BadInputError: there is no such rank, or the trigger cannot be read.
         """
+        __tracebackhide__ = True
         rank, size = given.get("rank", self._context.index), self._context.world_size
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < size:
             raise BadInputError(
@@ -187,12 +189,14 @@ class Injector:
         Raises:
             UnavailableError: the kernel refuses.
         """
+        __tracebackhide__ = True
         if self._context.local_rank == 0:
             cable.shape(bandwidth=bandwidth, latency=latency)
             self._undo.callback(cable.restore)
 
     def lose_store(self) -> None:
         """Wait until the stores of this run are gone, which the controller takes away."""
+        __tracebackhide__ = True
         context = self._context
         store = context._group.store(context._world, "faults")
         end = time.monotonic() + LOSS_SECONDS
@@ -206,6 +210,7 @@ class Injector:
 
     def _strike(self, fault: Fault, place: str) -> None:
         """Have a fault happen, once."""
+        __tracebackhide__ = True
         if self._begin(fault, place):
             fault.strike()
 
@@ -233,11 +238,13 @@ class Injector:
         signal.pthread_kill(main, MAIN_SIGNAL)
 
     def _act_in_main(self, number: int, frame: object) -> None:
+        __tracebackhide__ = True
         del number, frame
         while self._for_main:
             self._for_main.pop(0)()
 
     def _around(self, issued: Issued, issue: Callable[[], Any]) -> Any:
+        __tracebackhide__ = True
         for fault in self._faults:
             trigger = fault.trigger
             if isinstance(trigger, AtCollective) and _is_hit(trigger, issued):
@@ -268,6 +275,7 @@ class Injector:
                 self._store.add(_key(issued), 1)
 
     def _count_step(self, when: str) -> None:
+        __tracebackhide__ = True
         self._steps[when] += 1
         for fault in self._faults:
             trigger = fault.trigger

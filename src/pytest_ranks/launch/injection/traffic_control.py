@@ -27,6 +27,7 @@ class ShapedInterface:
     """
 
     def __init__(self, name: str) -> None:
+        __tracebackhide__ = True
         if not has_own_network():
             raise BadInputError(
                 f"faults.slow_network(interface={name!r}): found ranks in the network of this "
@@ -46,6 +47,7 @@ class ShapedInterface:
         Raises:
             UnavailableError: the kernel refuses; the text is what `tc` says.
         """
+        __tracebackhide__ = True
         rate = None if bandwidth is None else f"{max(1, round(bandwidth * 8))}bit"
         if latency:
             given = () if rate is None else ("rate", rate)
@@ -61,6 +63,7 @@ class ShapedInterface:
     def _run(self, verb: str, *discipline: str) -> None:
         command = ("tc", "qdisc", verb, "dev", self._name, "root", *discipline)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        __tracebackhide__ = True
         if done.returncode != 0:
             raise UnavailableError(f"{' '.join(command)}: {done.stderr.strip()}")
 

@@ -77,6 +77,7 @@ def step(number: int, *, when: Literal["before", "after"] = "before") -> AtStep:
     Raises:
         BadInputError: the number is no whole number of at least 1, or `when` is neither.
     """
+    __tracebackhide__ = True
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise BadInputError(f"step({number!r}): expected a whole number of at least 1.")
     if when not in ("before", "after"):
@@ -99,6 +100,7 @@ def parse(call: str, at: object, after: object) -> Trigger | None:
     Raises:
         BadInputError: it cannot be read, or both were given.
     """
+    __tracebackhide__ = True
     if at is not None and after is not None:
         raise BadInputError(f"{call}(at={at!r}, after={after!r}): expected one of them.")
     if after is not None:
@@ -129,6 +131,7 @@ def check_seconds(call: str, name: str, value: object) -> float:
     Raises:
         BadInputError: it is no number of seconds of at least 0.
     """
+    __tracebackhide__ = True
     if is_number(value) and 0 <= value < math.inf:  # type: ignore[operator]
         return float(value)  # type: ignore[arg-type]
     raise BadInputError(f"{call}({name}={value!r}): expected a number of seconds, 0 or more.")

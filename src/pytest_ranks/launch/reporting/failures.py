@@ -125,7 +125,9 @@ def tracebacks(root: Failure | None, others: Sequence[Failure]) -> list[str]:
     found = fold(
         (one.rank, one.text)
         for one in others
-        if one.kind == "raised" and not one.is_collateral and one.text.strip() != one.headline
+        if one.kind == "raised"
+        and not one.is_collateral
+        and not one.headline.endswith(one.text.strip())
         if root is None or not one.is_like(root)
     )
     shown = [f"\ntraceback of {ranks_text(ranks)}:\n{text}" for ranks, text in found]
