@@ -38,7 +38,7 @@ FLOORS = (
     ),
     ("hardware", "models", "observe", "tiers"),
     ("option_table",),
-    ("options",),
+    ("options", "mark_arguments"),
     ("launch", "reference"),
     ("conformance", "preflight"),
     ("subjects",),

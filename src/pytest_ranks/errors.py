@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 class RanksError(Exception):
@@ -57,6 +57,13 @@ def not_installed(what: str, error: ModuleNotFoundError) -> str:
         raise error
     install = "install it with: pip install 'pytest-ranks[models]'"
     return f"{what}: needs {error.name}, found none; {install}"
+
+
+def nearest_or_all(found: str, known: Sequence[str]) -> str:
+    """Return `did you mean 'x'?` for the nearest of the known names, or all where none is near."""
+    near = get_close_matches(found, known, n=1)
+    one_of = "one of " if len(known) > 1 else ""
+    return f"did you mean {near[0]!r}?" if near else f"expected {one_of}{', '.join(known)}."
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

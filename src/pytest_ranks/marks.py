@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from pytest_ranks.errors import BadInputError, did_you_mean
+from pytest_ranks.errors import BadInputError
 from pytest_ranks.options import settings
 
 if TYPE_CHECKING:
@@ -253,6 +253,8 @@ def read(item: pytest.Item) -> Asked:
 
 def _read(item: pytest.Item, marks: list[pytest.Mark], ours: dict[str, Mark]) -> Asked:
     """Call each mark's function with the mark's arguments."""
+    from pytest_ranks import mark_arguments
+
     needs: list[Need] = []
     spec: RankSpec | None = None
     skip: str | None = None
@@ -260,44 +262,24 @@ def _read(item: pytest.Item, marks: list[pytest.Mark], ours: dict[str, Mark]) ->
         row = ours[mark.name]
         try:
             if row.needs is not None:
-                needs += _call(row.needs, mark)
+                needs += mark_arguments.call(row.needs, mark)
             elif spec is None:  # the closest mark comes first and is the one that counts
                 spec, skip = _choose(item, _rank_specs(mark, _parameters(item)))
                 needs.append(_ranks_need(spec))
         except BadInputError as error:
-            text = f"{item.nodeid}: mark {error} Signature: {row.name}{row.signature}"
-            return Asked(error=text)
+            return Asked(error=f"{item.nodeid}: mark {error}")
     return Asked(needs=tuple(dict.fromkeys(needs)), spec=spec, skip=skip)
-
-
-def _call(function: Callable[..., tuple[Need, ...]], mark: pytest.Mark) -> tuple[Need, ...]:
-    """Call a mark's function, with errors that a reader of the test understands."""
-    signature = inspect.signature(function)
-    known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    for name in mark.kwargs:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise BadInputError(f"{mark.name} has no argument {name!r}.{hint}")
-    try:
-        signature.bind(*mark.args, **mark.kwargs)
-    except TypeError as error:
-        raise BadInputError(f"{mark.name}: {error}.") from None
-    try:
-        return function(*mark.args, **mark.kwargs)
-    except BadInputError as error:
-        raise BadInputError(f"{mark.name}: {error}") from None
 
 
 def _rank_specs(mark: pytest.Mark, parameters: Mapping[str, object]) -> tuple[RankSpec, ...]:
     """Call the function that has the real signature of `ranks`; its errors name the mark."""
+    from pytest_ranks import mark_arguments
     from pytest_ranks.launch.spec import fill, ranks
 
     arguments, keywords = fill(mark.args, mark.kwargs, parameters)
     call: Callable[..., tuple[RankSpec, ...]] = ranks  # it checks what the mark's author wrote
-    try:
-        return call(*arguments, **keywords)
-    except TypeError as error:
-        raise BadInputError(f"{error}.") from None
+    mark_arguments.check_positional(ranks, mark)
+    return call(*arguments, **keywords)
 
 
 def _choose(item: pytest.Item, specs: tuple[RankSpec, ...]) -> tuple[RankSpec, str | None]:

@@ -328,7 +328,7 @@ def test_an_id_that_ranks_do_not_find_is_an_error(session):
     ("name", "said"),
     [
         ("test_bad_mark", "world size 0, expected a whole number of at least 1."),
-        ("test_bad_argument", "unknown argument 'foo'"),
+        ("test_bad_argument", "unknown argument 'foo', expected one of dp, tp, pp,"),
         ("test_too_many", "world size 1000, expected at most 64"),
     ],
 )
@@ -338,4 +338,4 @@ def test_a_bad_mark_is_one_sentence_and_the_others_go_on(session, name, said):
     assert len(row.text.splitlines()) == 1
     assert said in row.text
     assert f"test_bad.py::{name}" in row.text
-    assert "ranks(world_size=None" in row.text
+    assert "=None" not in row.text

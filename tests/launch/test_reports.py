@@ -114,7 +114,6 @@ def test_ranks_that_failed_alike_are_told_once(request, phase):
     assert text_of(decided) == [
         "rank 0 of 6 failed first (rank 1 failed the same way; ranks 2 and 3 failed too; "
         "ranks 4 and 5 were cut off by that): no <A at 0x7f01>",
-        "no <A at 0x7f01>",
         "collateral: ranks 4 and 5 Connection closed by peer [127.0.0.1]:1.",
         "ranks 2 and 3 failed too: other",
         f"reproduce: pytest '{request.node.nodeid}'",

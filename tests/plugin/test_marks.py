@@ -2,67 +2,72 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from pytest_ranks import marks
 from pytest_ranks.launch.spec import ranks
 
-GPU = "Signature: gpu(count=1, *, vendor=None, memory=None, capability=None)"
-MARKERS = Path(__file__).parent.parent / "data" / "markers.txt"  # held by test_golden_pages
-_ranks_line = MARKERS.read_text().splitlines()[0]
-RANKS = f"Signature: {_ranks_line.removeprefix('@pytest.mark.').partition('): ')[0]})"
-
 
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("gpu(cout=2)", f"gpu has no argument 'cout'. Did you mean 'count'? {GPU}"),
-        ("gpu(1, 2)", f"gpu: too many positional arguments. {GPU}"),
-        ("gpu(0)", f"gpu: count=0, expected a whole number of at least 1. {GPU}"),
-        ("gpu('2')", f"gpu: count='2', expected a whole number of at least 1. {GPU}"),
-        ("gpu(True)", f"gpu: count=True, expected a whole number of at least 1. {GPU}"),
+        ("gpu(cout=2)", "gpu(cout=...): unknown argument 'cout', did you mean 'count'?"),
+        (
+            "gpu(1, 2)",
+            "gpu(1, 2): found 2 arguments without a name, expected count alone; write others by name.",
+        ),
+        ("gpu(0)", "gpu: count=0, expected a whole number of at least 1."),
+        ("gpu('2')", "gpu: count='2', expected a whole number of at least 1."),
+        ("gpu(True)", "gpu: count=True, expected a whole number of at least 1."),
         (
             "gpu(vendor='nvidia')",
-            "gpu: vendor='nvidia' is unknown; choose from cuda, rocm, xpu. "
-            f"Did you mean 'cuda'? {GPU}",
+            "gpu: vendor='nvidia' is unknown; choose from cuda, rocm, xpu. Did you mean 'cuda'?",
         ),
         (
             "gpu(memory='40GB')",
-            "gpu: memory='40GB' is no size; write bytes or a text such as '40GiB'. " + GPU,
+            "gpu: memory='40GB' is no size; write bytes or a text such as '40GiB'.",
         ),
         (
             "gpu(capability=9.0)",
-            "gpu: capability=9.0 is no version; write (9, 0) or '9.0'. " + GPU,
+            "gpu: capability=9.0 is no version; write (9, 0) or '9.0'.",
         ),
         (
             "multi_gpu(1)",
             "multi_gpu: count=1, expected a whole number of at least 2. For one GPU use the mark "
-            "gpu. Signature: multi_gpu(count=2)",
+            "gpu.",
         ),
         (
             "trainium(count=2)",
-            "trainium has no argument 'count'. Signature: trainium(cores=1)",
+            "trainium(count=...): unknown argument 'count', expected cores.",
         ),
         (
             "requires()",
-            "requires: expected at least one package, such as requires('flash_attn>=2.8'). "
-            "Signature: requires(*packages)",
+            "requires: expected at least one package, such as requires('flash_attn>=2.8').",
         ),
         (
             "requires('flash attn')",
             "requires: 'flash attn' is no requirement; write a module or distribution with a "
-            "version, such as 'flash_attn>=2.8'. Signature: requires(*packages)",
+            "version, such as 'flash_attn>=2.8'.",
         ),
         (
             "requires(torch='2')",
-            "requires has no argument 'torch'. Signature: requires(*packages)",
+            "requires(torch=...): unknown argument 'torch', expected texts without a name: requires('torch').",
+        ),
+        (
+            "trainium(1, 2)",
+            "trainium(1, 2): found 2 arguments without a name, expected cores alone.",
+        ),
+        ("gpu(1, count=1)", "gpu: count is given twice, expected it once."),
+        (
+            "ranks(2, 3)",
+            "ranks(2, 3): found 2 arguments without a name, expected world_size alone; write "
+            "others by name.",
         ),
         (
             "ranks(100)",
             "ranks: world size 100, expected at most 64 (default); allow more with "
-            f"--ranks-max-world-size=100. {RANKS}",
+            "--ranks-max-world-size=100.",
         ),
     ],
 )
@@ -101,7 +106,7 @@ def test_the_engines_own_sentence_about_a_bad_ranks_mark_is_shown(pytester, mark
     )
     result = pytester.runpytest()
     result.assert_outcomes(errors=1, passed=1)
-    result.stdout.re_match_lines([rf"test_it\.py::test_bad: mark ranks\(?.*{RANKS[:16]}.*"])
+    result.stdout.re_match_lines([r"test_it\.py::test_bad: mark ranks\(.*\)?: .*"])
 
 
 def test_a_bad_mark_on_a_module_fails_each_of_its_tests_only(pytester) -> None:
@@ -130,7 +135,7 @@ def test_a_bad_mark_fails_a_session_that_only_collects(pytester) -> None:
     result = pytester.runpytest("--collect-only")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert (
-        f"test_it.py::test_bad: mark gpu has no argument 'cout'. Did you mean 'count'? {GPU}"
+        "test_it.py::test_bad: mark gpu(cout=...): unknown argument 'cout', did you mean 'count'?"
         in (result.stderr.str())
     )
 
@@ -332,7 +337,7 @@ def test_a_test_that_cannot_be_repeated_says_so(pytester, test: str) -> None:
     result.assert_outcomes(errors=1)
     message = (
         "mark ranks: ws=1, ws=2, expected one: pytest can repeat neither methods of "
-        f"unittest.TestCase nor a test because of a mark on one of its parameters. {RANKS}"
+        "unittest.TestCase nor a test because of a mark on one of its parameters."
     )
     assert any(line.endswith(message) for line in result.outlines)
 

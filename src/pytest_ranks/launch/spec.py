@@ -8,17 +8,11 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pytest_ranks.errors import BadInputError, did_you_mean
+from pytest_ranks.errors import BadInputError, did_you_mean, nearest_or_all
 from pytest_ranks.launch.fidelity import ladder
 
 BACKENDS = ("gloo", *ladder.DEVICE_BACKENDS)
 DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, expert
-SIGNATURE = (
-    "ranks(world_size: int | Sequence[int] | str | None = None, /, *, dp=None, tp=None, pp=None, "
-    "cp=None, ep=None, timeout=None, backend=None, isolate=False, init=True, keep_group=False, "
-    "fidelity=None, "
-    "lowest_fidelity=None, as_rank=None, device=None, expect_deaths=None)"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,26 +221,16 @@ def check_environment(env: object) -> None:
 
 
 def _mesh_dimensions(mesh: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
-    known = (
-        *DIMENSIONS,
-        *(
-            "timeout",
-            "backend",
-            "isolate",
-            "init",
-            "keep_group",
-            "fidelity",
-            "lowest_fidelity",
-            "as_rank",
-            "device",
-            "expect_deaths",
-        ),
-    )
     for name in mesh:
-        if name not in DIMENSIONS:
+        if name == "world_size":
             raise BadInputError(
-                f"ranks({name}=...): unknown argument {name!r}, expected one of "
-                f"{', '.join(map(repr, known))}.{did_you_mean(name, known)}"
+                f"ranks(world_size=...): expected the world size without its name: "
+                f"ranks({mesh[name]!r})."
+            )
+        if name not in DIMENSIONS:
+            known = list(inspect.signature(ranks).parameters)[1:]
+            raise BadInputError(
+                f"ranks({name}=...): unknown argument {name!r}, {nearest_or_all(name, known)}"
             )
     dimensions = []
     for name, size in mesh.items():
