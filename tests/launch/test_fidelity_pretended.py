@@ -332,9 +332,23 @@ def test_pretended_ranks_meet_no_requirement_of_ranks(run_session):
 import pytest
 
 @pytest.mark.ranks(8, fidelity="fake")
-def test_it(rank):
+def test_fake(rank):
+    pass
+
+@pytest.mark.ranks(2, fidelity="threads")
+def test_threads(rank):
     pass
 """
-    found = run_session({"test_it.py": text}, "--ranks-require=ranks:2")
+    found = run_session({"test_it.py": text}, "--ranks-require=ranks:1")
     assert found.returncode != 0
-    assert "ranks:2 is not met: 1 ranks test ran, at world size 1 at most" in found.output
+    assert (
+        "ranks:1 is not met: 2 ranks tests ran, none on rank processes (fidelity fake, threads); "
+        "it takes fidelity gloo or above\n"
+    ) in found.output
+    real = "@pytest.mark.ranks(1)\ndef test_real(rank):\n    pass"
+    found = run_session({"test_it.py": text + real}, "--ranks-require=ranks:2")
+    assert found.returncode != 0
+    assert (
+        "ranks:2 is not met: 3 ranks tests ran, on 1 rank process at most; 2 had no rank processes "
+        "(fidelity fake, threads)\n"
+    ) in found.output

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
+NO_SUBTESTS = (
+    "fidelity 'threads' cannot show subtests (the fixture subtests, unittest's self.subTest): "
+    "pytest counts them once a process, not once a thread; run the test at fidelity 'gloo' or "
+    "above, or write it without subtests."
+)
 TESTS = """
-import logging, os, random, signal, threading, time
+import logging, os, random, signal, threading, time, unittest
+from importlib.util import find_spec
 import pytest, torch
 import torch.distributed as dist
 from torch import manual_seed
@@ -15,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SEEN = []
+HAS_SUBTESTS = find_spec("_pytest.subtests") is not None  # of pytest 9
 
 
 @pytest.fixture
@@ -232,6 +241,22 @@ def test_capsys(rank, capsys):
     raise AssertionError
 
 
+class TestsOfUnittest(unittest.TestCase):
+    def test_subtests_by_unittest(self):
+        for number in range(2):
+            with self.subTest(number=number):
+                pass
+
+    def test_without_subtests(self):
+        dist.barrier()
+
+
+if HAS_SUBTESTS:
+
+    def test_fixture_subtests(rank, subtests):
+        pass
+
+
 def test_receive_from_anybody(rank):
     dist.recv(torch.ones(1))
 
@@ -381,6 +406,14 @@ def test_a_death_says_that_all_shared_a_process(found):
                 "fidelity 'threads' cannot show capsys: output is captured once a process, not "
                 "once a thread; run the test at fidelity 'gloo' or above."
             ],
+        ),
+        ("test_subtests_by_unittest", [f"FidelityError: {NO_SUBTESTS}", ">           with self."]),
+        pytest.param(
+            "test_fixture_subtests",
+            [f"Failed: {NO_SUBTESTS}\nreproduce"],
+            marks=pytest.mark.skipif(
+                find_spec("_pytest.subtests") is None, reason="needs the subtests of pytest 9"
+            ),
         ),
         (
             "test_receive_from_anybody",

@@ -122,9 +122,12 @@ def unmet(need: Need, *, hardware: Callable[[], Hardware] | None = None) -> str 
 
 
 def devices_found(need: Need, *, hardware: Callable[[], Hardware] | None = None) -> int:
-    """Return how many devices this machine has for a need (ranks: the processes; packages: 1)."""
+    """Return how many devices this machine has for a need.
+
+    For ranks: those that are processes, of which threads and the like are none; for packages: 1.
+    """
     if isinstance(need, RanksNeed):
-        return 1 if need.fidelity in HOSTED else need.world_size
+        return 0 if need.fidelity in HOSTED else need.world_size
     if isinstance(need, PackageNeed):
         return 1
     return _best(need, _found(hardware)).count

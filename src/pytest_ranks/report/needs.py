@@ -127,18 +127,19 @@ class NeedsBook:
 
     def _judge(self, entry: Required) -> str | None:
         """Return why one requirement is not met, or None where it is."""
-        ran = [
-            need["found"]
+        that_ran = [
+            need
             for test in self.tests.values()
             if test.state == RAN
             for need in test.needs
             if need["kind"] == entry.kind
         ]
+        ran = [need["found"] for need in that_ran]
         if any(found >= entry.count for found in ran):
             return None
         number = f"{len(ran)} {entry.kind} test{'' if len(ran) == 1 else 's'} ran"
         if ran and entry.kind == "ranks":
-            return f"{number}, at world size {max(ran)} at most"
+            return number + _processes(that_ran)
         if ran:
             return f"{number}, with {max(ran)} device{'' if max(ran) == 1 else 's'} at most"
         rows = [row for row in self.rows() if row.label.split()[0] == entry.kind]
@@ -154,6 +155,17 @@ class NeedsBook:
         )
         verb = "test was" if selected == 1 else "tests were"
         return f"{selected} {entry.kind} {verb} selected, none ran: {told}"
+
+
+def _processes(that_ran: list[dict[str, Any]]) -> str:
+    """Return on how many rank processes tests ran, and which had none: their ranks are pretended."""
+    most = max(need["found"] for need in that_ran)
+    pretended = [need["label"].split()[-1] for need in that_ran if need["found"] == 0]
+    names = ", ".join(sorted(set(pretended)))
+    if most == 0:
+        return f", none on rank processes (fidelity {names}); it takes fidelity gloo or above"
+    others = f"; {len(pretended)} had no rank processes (fidelity {names})" if pretended else ""
+    return f", on {most} rank process{'es' * (most > 1)} at most{others}"
 
 
 def _place(label: str) -> tuple[int, int, str]:

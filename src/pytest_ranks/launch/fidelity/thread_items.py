@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
+import unittest
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_ranks import _compat, _compat_fidelity
+from pytest_ranks.errors import FidelityError
 from pytest_ranks.launch import rank as rank_module
 from pytest_ranks.launch.fidelity import floor, threads
 from pytest_ranks.launch.fidelity.refusals import sentence
@@ -42,6 +44,11 @@ _CAPTURES = ("capsys", "capfd", "capsysbinary", "capfdbinary", "capteesys")
 # A report parses the sources in its traceback, which in CPython 3.11 is not safe in two threads at
 # once ("AST constructor recursion depth mismatch").
 _parsing = threading.Lock()
+NO_SUBTESTS = (
+    "fidelity 'threads' cannot show subtests (the fixture subtests, unittest's self.subTest): pytest "
+    "counts them once a process, not once a thread; run the test at fidelity 'gloo' or above, or "
+    "write it without subtests."
+)
 MOST_FILES = 8  # whose items are kept for each rank
 
 
@@ -117,13 +124,15 @@ class ThreadItems:
                 why = "output is captured once a process, not once a thread"
                 pytest.fail(sentence("threads", names[0], why, "gloo"), pytrace=False)
             if "subtests" in getattr(item, "fixturenames", ()):
-                why = "pytest counts subtests once a process, not once a thread"
-                pytest.fail(sentence("threads", "subtests", why, "gloo"), pytrace=False)
+                pytest.fail(NO_SUBTESTS, pytrace=False)
             _compat.set_up(item)
 
     def pytest_runtest_call(self, item: pytest.Item) -> None:
         """Run a rank's item, or, surrounded by what a process has once, those of all ranks."""
         if not self._is_for_all(item):
+            instance = getattr(item, "instance", None)
+            if isinstance(instance, unittest.TestCase):
+                instance.subTest = _refuse_subtest  # type: ignore[method-assign]
             item.runtest()
             return
         run = self._running
@@ -237,6 +246,11 @@ class _Run:
         """Send what a rank says; a channel carries one message at a time."""
         with self._lock:
             self._tell(OfRank(rank=rank, message=message))
+
+
+def _refuse_subtest(*_: object, **__: object) -> Any:
+    __tracebackhide__ = True
+    raise FidelityError(NO_SUBTESTS)
 
 
 def _teardown_errors(session: pytest.Session, item: pytest.Item | None) -> list[str]:
