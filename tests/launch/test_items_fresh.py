@@ -61,6 +61,14 @@ def test_dies(rank):
 @pytest.mark.ranks(2)
 def test_after(rank):
     dist.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_family(rank):
+    from pytest_ranks.launch.processes import children
+
+    assert children(os.getpid()) == []
+    assert [pid for child in children(os.getppid()) for pid in children(child)] == []
 """
 
 
@@ -78,6 +86,10 @@ def test_ranks_start_afresh_where_the_zygote_has_threads(session) -> None:
     assert session.call("test_sum[2]").outcome == "passed"
     assert dict(session.call("test_sum[1]").properties)["total"] == 2.0
     assert session.call("test_after").outcome == "passed"
+
+
+def test_neither_the_zygote_nor_a_fresh_rank_starts_a_zygote_of_its_own(session) -> None:
+    assert session.call("test_family").outcome == "passed", session.output
 
 
 def test_a_fresh_rank_rewrites_assertions_and_captures_output(session) -> None:

@@ -71,8 +71,8 @@ def check_mark_is_in_time(item: pytest.Item) -> None:
 
 def _may_run(session: pytest.Session) -> bool:
     config = session.config
-    # the plugin of that name makes a session the zygote's, where items run for real
-    if config.pluginmanager.has_plugin("ranks-session"):
+    # the plugins of these names make a session the zygote's, where items run for real
+    if any(map(config.pluginmanager.has_plugin, ("ranks-session", "ranks-follower"))):
         return False
     return not any(getattr(config.option, name, False) for name in _RUN_NOTHING)
 

@@ -296,6 +296,7 @@ def serve(session: pytest.Session, ends: Ends) -> NoReturn:
         ends: what the zygote has of its controller.
     """
     config = session.config
+    ends.tell_stacks()
     _compat.stop_capture(config)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, fd in enumerate((nothing, ends.log, ends.log)):
@@ -332,6 +333,10 @@ class _Follower:
     ) -> Generator[None, int | pytest.ExitCode | None, int | pytest.ExitCode | None]:
         """Take over the controller's options before other plugins act on them."""
         manager = config.pluginmanager
+        # Named so that this session starts no zygote of its own; and, as the plugin registered
+        # last, asked first when it is about to collect.
+        manager.unregister(self)
+        manager.register(self, "ranks-follower")
         # pytest-rerunfailures starts a thread when configured; a zygote has to have one only
         if (reruns := manager.get_plugin("rerunfailures")) is not None:
             manager.unregister(reruns)

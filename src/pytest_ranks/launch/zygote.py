@@ -59,6 +59,10 @@ class Ends:
     controller: int
     log: int
 
+    def tell_stacks(self) -> None:
+        """Have a signal write the stacks; before, it would end a process that hangs in an import."""
+        faulthandler.register(STACKS_SIGNAL, file=self.log, all_threads=True, chain=False)
+
 
 class Zygote:
     """Serves one controller: imports, forks, reaps, reports.
@@ -78,7 +82,6 @@ class Zygote:
     ) -> None:
         self._channel = ends.channel
         self._controller = ends.controller
-        self._log = ends.log
         self._collect = collect
         self._items = items
         self._coverage: Measure | None = None
@@ -87,7 +90,6 @@ class Zygote:
 
     def serve(self) -> NoReturn:
         """Answer the controller until it goes, then end with everything below."""
-        faulthandler.register(STACKS_SIGNAL, file=self._log, all_threads=True, chain=False)
         signal.signal(signal.SIGTERM, lambda *_: self.end())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         become_subreaper()
@@ -203,6 +205,7 @@ def main(arguments: list[str]) -> NoReturn:
         channel=Channel.from_fd(int(arguments[0])), controller=int(arguments[1]), log=os.dup(2)
     )
     start_guardian(ends.channel, ends.controller)
+    ends.tell_stacks()
     if arguments[2:] == ["--pytest"]:
         from pytest_ranks.launch.session import become, serve
 
