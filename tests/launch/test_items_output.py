@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("torch")
@@ -60,6 +62,61 @@ def test_lines_are_whole_and_have_their_rank_in_front(run_session, option):
     killed = session.call("test_killed")
     assert "died of SIGKILL" in killed.text
     assert "goes on" not in str(killed.sections)  # what another test wrote before
+
+
+MUCH = """
+import pytest
+
+LINES = 30_000  # of 100 characters
+
+
+def write(what):
+    for number in range(LINES):
+        print(f"{what} {number:<89}")
+
+
+@pytest.fixture
+def wordy(rank):
+    if rank.index == 1:
+        write("in setup:")
+
+
+@pytest.mark.ranks(2)
+def test_much(rank, wordy):
+    if rank.index == 1:
+        write("in call: ")
+    assert rank.index == 0
+
+
+@pytest.mark.ranks(2, fidelity="threads")
+def test_threads(rank):
+    if rank.index == 1:
+        write("in call: ")
+    assert rank.index == 0
+"""
+
+
+def test_only_both_ends_of_much_output_are_kept(run_session, tmp_path):
+    report, junit = tmp_path / "ranks.json", tmp_path / "junit.xml"
+    places = (f"--ranks-report={report}", f"--junitxml={junit}", "-o", "junit_logging=all")
+    session = run_session({"test_it.py": MUCH}, "-p", "no:randomly", *places)
+    mark = "\n[... 2900100 characters left out ...]\n"
+    sections = dict(session.call("test_much").sections)
+    for phase, what in (("setup", "in setup:"), ("call", "in call: ")):
+        first, found, last = sections[f"Captured stdout {phase} (rank 1)"].partition(mark)
+        assert found
+        assert (len(first), len(last)) == (20_000, 79_900)
+        assert first.startswith(f"{what} 0 ")
+        assert last.splitlines()[-1].split()[-1] == "29999"
+    (on_threads,) = [text for _, text in session.call("test_threads").sections]
+    assert on_threads.count(mark) == 1
+    assert len(session.output) < 500_000
+    assert session.output.count(mark) == 3
+    items = json.loads(report.read_text())["items"]
+    output = {one["name"]: one["text"] for one in items[0]["ranks"][1]["output"]}
+    assert output["Captured stdout call"] == sections["Captured stdout call (rank 1)"]
+    assert junit.read_text().count(mark) == 3
+    assert junit.stat().st_size < 500_000
 
 
 def test_captured_output_is_not_shown(run_session):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -15,9 +14,9 @@ import pytest
 
 from pytest_ranks import _compat, _compat_terminal, options
 from pytest_ranks.launch import coverage
-from pytest_ranks.launch.deadline import collective_of
 from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.hygiene.watch import Inherited, StateWatch
+from pytest_ranks.launch.phases import as_data, make_phase
 from pytest_ranks.launch.preparation import keeping_all
 from pytest_ranks.launch.quiet import make_quiet
 from pytest_ranks.launch.scopes import Sibling
@@ -186,7 +185,7 @@ class RankSession:
             from pytest_ranks.launch.fidelity.thread_items import ThreadItems
 
             self._threads = ThreadItems(
-                self._config, lambda report, at, error: _phase(self._config, report, at, error)
+                self._config, lambda report, at, error: make_phase(self._config, report, at, error)
             )
         assert self._fail is not None
         self._sections = self._threads.run(item, request, self._fail)
@@ -239,7 +238,7 @@ class RankSession:
         if self._is_in_call:
             return report
         error = call.excinfo.value if call.excinfo is not None else None
-        phase = _phase(self._config, report, at, error)
+        phase = make_phase(self._config, report, at, error)
         if phase.outcome != "passed" and self._fail is not None:
             self._fail(phase)
         else:
@@ -252,10 +251,7 @@ class RankSession:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Tell of a subtest at once: it is over, whatever becomes of the rank."""
         if self._is_in_call and self._channel is not None:
-            data = self._config.hook.pytest_report_to_serializable(
-                config=self._config, report=report
-            )
-            self._channel.send(Subtest(report=data))
+            self._channel.send(Subtest(report=as_data(self._config, report)))
 
     def pytest_warning_recorded(
         self,
@@ -362,39 +358,6 @@ def _teardown_errors(session: pytest.Session, item: pytest.Item | None) -> list[
     return [call.excinfo.getrepr(style="short").__str__()]
 
 
-def _phase(
-    config: pytest.Config, report: pytest.TestReport, at: float, error: BaseException | None
-) -> Phase:
-    data: dict[str, Any] = config.hook.pytest_report_to_serializable(config=config, report=report)
-    if properties := data.get("user_properties"):
-        data["user_properties"] = [(str(name), _plain(value)) for name, value in properties]
-    lost = [] if _is_plain(data) else [name for name in data if not _is_plain(data[name])]
-    for name in lost:
-        del data[name]
-    return Phase(
-        when=report.when,
-        outcome=report.outcome,
-        was_xfail=getattr(report, "wasxfail", None),
-        report=data,
-        at=at,
-        place=collective_of(error),
-        lost=tuple(lost),
-    )
-
-
 def _report_of_call(setup: Phase) -> dict[str, Any]:
     """Return the report of a call that passed without being run."""
     return {**setup.report, "when": "call"}
-
-
-def _plain(value: object) -> object:
-    return value if _is_plain(value) else str(value)
-
-
-def _is_plain(value: object) -> bool:
-    if value is None or isinstance(value, str | int | float):
-        return True
-    with contextlib.suppress(TypeError, ValueError, RecursionError):
-        json.dumps(value)
-        return True
-    return False

@@ -5,7 +5,7 @@ A field is only ever added; when one changes its meaning or goes, `SCHEMA_VERSIO
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 ATTRIBUTE = "ranks_record"
 # Characters of one text; a message of megabytes stays in the terminal's report.
 MOST_TEXT = 100_000
+# Characters of one captured section of a rank: how it began, and more of what came before its end.
+FIRST_OUTPUT, LAST_OUTPUT = 20_000, 79_900
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +155,16 @@ class SessionRecord:
 
 def shorten(text: str) -> str:
     """Return a text with its middle left out where it is too long to be read."""
-    if len(text) <= MOST_TEXT:
+    return _keep_ends(text, MOST_TEXT // 2, MOST_TEXT // 2)
+
+
+def shorten_sections(sections: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return captured output with the middle of each section left out where it is too long."""
+    return [(name, _keep_ends(text, FIRST_OUTPUT, LAST_OUTPUT)) for name, text in sections]
+
+
+def _keep_ends(text: str, first: int, last: int) -> str:
+    left = len(text) - first - last
+    if left <= 0:
         return text
-    half = MOST_TEXT // 2
-    left = len(text) - 2 * half
-    return f"{text[:half]}\n[... {left} characters left out ...]\n{text[-half:]}"
+    return f"{text[:first]}\n[... {left} characters left out ...]\n{text[-last:]}"

@@ -20,6 +20,7 @@ from pytest_ranks.launch.fidelity import floor, threads
 from pytest_ranks.launch.fidelity.refusals import sentence
 from pytest_ranks.launch.scopes import Sibling
 from pytest_ranks.launch.wire import Finished, OfRank, Phase
+from pytest_ranks.report.records import shorten_sections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -94,7 +95,7 @@ class ThreadItems:
             hooks["teardown"](item=item, nextitem=None)
         finally:
             self._running = None
-        return tuple(_compat_fidelity.take_sections(item))
+        return tuple(shorten_sections(_compat_fidelity.take_sections(item)))
 
     def tear_down(self) -> list[str]:
         """Run the teardowns of all fixtures that live on the threads; return what failed."""
