@@ -175,12 +175,45 @@ def test_post_mortem_is_on_the_rank_that_failed_while_its_peers_wait(debug):
     assert status == 1
 
 
+WORLDS = """
+import pytest
+
+@pytest.mark.ranks([1, 3])
+def test_real(rank):
+    breakpoint()
+
+@pytest.mark.ranks(16, fidelity="fake")
+def test_one_process_plays_a_rank(rank):
+    pass
+
+def test_plain():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--ranks-debug=3"], "no test had a rank 3, the widest world had 3"),
+        (["--ranks-debug=0", "-k", "plain"], "no test had a rank 0, none ran on ranks"),
+        (["--ranks-debug=2", "-k", "one_process"], "no test had a rank 2, the widest world had 1"),
+        (["--ranks-debug=1", "--collect-only"], ""),
+    ],
+)
+def test_a_rank_to_debug_that_no_test_had_is_told(run_session, arguments, told):
+    session = run_session({"test_it.py": WORLDS}, *arguments)
+    assert session.returncode == 0, session.output
+    lines = [line for line in session.output.splitlines() if "no test had" in line]
+    assert lines == ([f"{arguments[0]}: {told}"] if told else [])
+
+
 def test_a_breakpoint_without_a_terminal_is_a_sentence(run_session):
     session = run_session({"test_it.py": FILE}, "-p", "no:randomly", "-k", "stops")
     text = session.call("test_stops").text
     assert (
         "breakpoint() on rank 0: a rank has no terminal; run with --ranks-debug=0 to have" in text
     )
+    assert "no test had a rank" not in session.output
     if "xdist" in sys.modules:
         session = run_session({"test_it.py": FILE}, "-n", "2", "--ranks-debug=1")
         assert session.returncode == 4

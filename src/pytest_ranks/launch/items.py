@@ -163,6 +163,7 @@ class RankItems:
         try:
             pool, self._early = self._early or self._take(item), None
             self._warm_next()
+            debug.note_world(self._config, request.spec.processes)
             start = time.monotonic()
             with interrupts.naming(item.nodeid, request.spec.world_size):
                 done = self._service.run(request, pool)

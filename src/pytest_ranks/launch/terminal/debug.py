@@ -36,6 +36,8 @@ TWICE_SECONDS = 1.0
 QUIT = "Quitting debugger"  # what pytest's debugger ends a session with
 NEEDS_ONE_PROCESS = "--ranks-debug={rank}: a debugger needs the terminal, which xdist's workers do not have; add -n0"
 
+ABSENT = "ranks-absent-rank"
+
 
 class Desk:
     """Gives the terminal to one rank at a time.
@@ -133,6 +135,39 @@ class NoPrompt:
             manager.register(invoke, "pdbinvoke")
 
 
+class AbsentRank:
+    """Says at the end of a session that no test had the rank to debug.
+
+    Args:
+        chosen: that rank.
+    """
+
+    def __init__(self, chosen: int) -> None:
+        self._chosen = chosen
+        self._widest = 0
+
+    def note(self, processes: int) -> None:
+        """Note the rank processes of a test that runs on them."""
+        self._widest = max(self._widest, processes)
+
+    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
+        """Say it, where tests could have run."""
+        if self._chosen < self._widest or config.option.collectonly:
+            return
+        ran = f"the widest world had {self._widest}" if self._widest else "none ran on ranks"
+        terminalreporter.ensure_newline()
+        terminalreporter.line(
+            f"--ranks-debug={self._chosen}: no test had a rank {self._chosen}, {ran}", yellow=True
+        )
+
+
+def note_world(config: pytest.Config, processes: int) -> None:
+    """Note that a test runs on so many rank processes."""
+    absent: AbsentRank | None = config.pluginmanager.get_plugin(ABSENT)
+    if absent is not None:
+        absent.note(processes)
+
+
 def chosen_rank(config: pytest.Config) -> int | None:
     """Return the rank to debug, None where none was chosen."""
     return options.settings(config).debug
@@ -156,7 +191,7 @@ def has_quit(runs: list[RankRun]) -> bool:
 
 
 def check(config: pytest.Config) -> None:
-    """Refuse a debugger where there is no terminal for it.
+    """Refuse a debugger where there is no terminal for it; else watch for the rank to come.
 
     Raises:
         pytest.UsageError: the tests are distributed over processes.
@@ -165,3 +200,5 @@ def check(config: pytest.Config) -> None:
     is_distributed = hasattr(config, "workerinput") or config.getoption("dist", "no") != "no"
     if rank is not None and is_distributed:
         raise pytest.UsageError(NEEDS_ONE_PROCESS.format(rank=rank))
+    if rank is not None:
+        config.pluginmanager.register(AbsentRank(rank), ABSENT)
