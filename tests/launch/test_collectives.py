@@ -92,6 +92,8 @@ def scene(*sights, finished=(), asleep=None):
         (scene(waiting(0, record()), waiting(1, record())), []),
         (scene(waiting(0, record()), busy(1), finished=[1]), [0]),
         (scene(waiting(0, record()), busy(1, record(over=True)), finished=[1]), []),
+        # the recorder has room for the newest alone
+        (scene(waiting(0, record()), busy(1, record(sequence=9, over=True)), finished=[1]), []),
         (scene(waiting(0, record()), waiting(1, record("broadcast"))), [0, 1]),
         (scene(waiting(0, record()), waiting(1, record(shape=(5,)))), [0, 1]),
         (scene(waiting(0, record()), waiting(1, record(dtype="int32"))), [0, 1]),
@@ -120,6 +122,36 @@ def test_a_rank_waits_for_one_that_waits_for_one_that_has_finished():
     third = busy(2, size=3)
     assert collectives.find_stuck(scene(first, second, third)) == []
     assert collectives.find_stuck(scene(first, second, third, finished=[2])) == [0, 1]
+
+
+def test_a_message_goes_to_the_rank_that_it_is_for():
+    sights = [in_recv(0, 1, size=3), in_recv(1, 2, function="send", size=3), busy(2, size=3)]
+    assert collectives.find_stuck(scene(*sights)) == []
+    assert collectives.find_stuck(scene(*sights, finished=[2])) == [0, 1]
+
+
+def test_a_rank_that_waits_for_several_goes_on_with_any_of_them():
+    pairs = {"a": Group(ranks=(0, 1)), "b": Group(ranks=(0, 2))}
+    mine = (record("reduce_scatter", group="a"), record(group="b"))
+    first = Sight(
+        rank=0,
+        frames=((TEST, 50, "wait_for_all"),),
+        call="wait",
+        records=mine,
+        groups=pairs,
+        is_blocked=True,
+    )
+    others = busy(1, size=3), busy(2, size=3)
+    assert first.waits_for == mine
+    for finished in ([1], [2]):
+        assert collectives.find_stuck(scene(first, *others, finished=finished)) == []
+    assert collectives.find_stuck(scene(first, *others, finished=[1, 2])) == [0]
+
+
+def test_groups_of_one_name_and_other_ranks_never_meet():
+    first = waiting(0, record(group="g"), groups={"g": Group(ranks=(0, 1))})
+    second = waiting(1, record(group="g"), groups={"g": Group(ranks=(1, 0))})
+    assert collectives.find_stuck(scene(first, second)) == [0, 1]
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -159,7 +191,45 @@ def test_the_first_difference_is_found_behind_equal_ones():
     }
 
 
-@pytest.mark.parametrize("op", ["all_to_all", "all_to_all_base"])
+def test_the_root_of_a_later_call_is_not_that_of_an_earlier_one():
+    sights = [
+        waiting(
+            0,
+            record("broadcast", over=True),
+            record("broadcast", 2),
+            arguments={"group_src": 1},
+        ),
+        waiting(1, record("broadcast"), arguments={"group_src": 0}),
+    ]
+    assert collectives.find_difference(scene(*sights)) is None
+
+
+def test_the_oldest_of_several_differences_is_told():
+    groups = {name: Group(ranks=(0, 1)) for name in ("early", "late")}
+
+    def differing(rank, op):
+        early = dataclasses.replace(record(op, group="early"), created=5.0 + rank)
+        late = dataclasses.replace(record(op, group="late"), created=8.0)
+        return waiting(rank, late, early, groups=groups)
+
+    found = collectives.find_difference(scene(differing(0, "broadcast"), differing(1, "reduce")))
+    assert found is not None
+    assert {one.group for one in found.records.values()} == {"early"}
+
+
+def test_what_the_root_scatters_is_not_compared_with_what_the_others_have():
+    def scattering(rank, inputs, outputs):
+        made = record("scatter")
+        return waiting(rank, dataclasses.replace(made, inputs=inputs, outputs=outputs))
+
+    root = scattering(0, ((4,), (4,)), ((4,),))
+    assert collectives.find_difference(scene(root, scattering(1, (), ((4,),)))) is None
+    found = collectives.find_difference(scene(root, scattering(1, (), ((5,),))))
+    assert found is not None
+    assert found.kind == "shape"
+
+
+@pytest.mark.parametrize("op", ["all_to_all", "all_to_all_base", "alltoall_base"])
 def test_uneven_exchanges_are_no_difference(op):
     sights = [waiting(0, record(op, shape=(1,))), waiting(1, record(op, shape=(9,)))]
     assert collectives.find_difference(scene(*sights)) is None

@@ -13,7 +13,10 @@ import pytest
 
 from pytest_ranks.launch.forensics.memory import MemoryGroup
 
-V1_MOUNT = "35 31 0:32 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+V1_MOUNT = (
+    "34 31 0:31 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
+    "35 31 0:32 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+)
 V2_MOUNT = "30 23 0:26 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 
 
@@ -33,7 +36,7 @@ def fake(folder: Path, *, group: str, mount: str, files: dict[str, str]) -> Path
 def version_1(tmp_path):
     return fake(
         tmp_path,
-        group="4:memory:/jobs/7",
+        group="5:cpu,cpuacct:/elsewhere\n4:memory:/jobs/7",
         mount=V1_MOUNT.format(root="/"),
         files={
             "sys/fs/cgroup/memory/jobs/7/memory.oom_control": (
@@ -41,6 +44,8 @@ def version_1(tmp_path):
             ),
             "sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes": "9223372036854771712\n",
             "sys/fs/cgroup/memory/jobs/memory.limit_in_bytes": str(64 << 20),
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": str(512 << 20),
+            "sys/fs/cgroup/cpu/memory.oom_control": "oom_kill 77\n",
         },
     )
 
@@ -81,8 +86,15 @@ def test_a_kill_shows_in_the_events_of_version_2(version_2):
     )
 
 
+def test_the_lowest_limit_of_version_2_counts(version_2):
+    for name, limit in (("job.scope", 96 << 20), ("", 32 << 20)):
+        (version_2 / "sys/fs/cgroup/user.slice" / name / "memory.max").write_text(f"{limit}\n")
+    assert MemoryGroup(version_2).limit() == 32 << 20
+
+
 def test_the_largest_number_of_pages_is_no_limit(version_1):
-    (version_1 / "sys/fs/cgroup/memory/jobs/memory.limit_in_bytes").unlink()
+    for folder in ("memory/jobs", "memory"):
+        (version_1 / "sys/fs/cgroup" / folder / "memory.limit_in_bytes").unlink()
     assert MemoryGroup(version_1).limit() is None
 
 
