@@ -118,6 +118,20 @@ def _quick_catching_logs() -> Any:
     return CatchingLogs
 
 
+def write_to_nobody(config: pytest.Config) -> None:
+    """Let a session without a terminal reporter explain its assertions.
+
+    pytest 8.4 asks `Config.get_terminal_writer` how to highlight each comparison that failed, which
+    raises a bare AssertionError in place of the explanation where there is no reporter; 9.2 asks for
+    the reporter first (https://github.com/pytest-dev/pytest/issues/14377).
+    """
+    with contextlib.suppress(ImportError):
+        from _pytest._io import TerminalWriter
+
+        writer = TerminalWriter(io.StringIO())
+        vars(config)["get_terminal_writer"] = lambda: writer
+
+
 def by_lines(stream: object) -> None:
     """Have a text stream write each line at once, where it can."""
     if isinstance(stream, io.TextIOWrapper):

@@ -88,6 +88,8 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def under_xdist(run_session):
+    for plugin in ("xdist", "pytest_rerunfailures", "pytest_timeout"):
+        pytest.importorskip(plugin)
     return run_session(
         {"test_it.py": FILE},
         *("-n", "2", "--reruns", "1", "--only-rerun", "assert", "--junitxml=junit.xml"),
@@ -112,6 +114,7 @@ def test_the_report_of_a_worker_keeps_its_first_and_last_line(under_xdist):
 
 
 def test_random_order_import_mode_and_warnings_as_errors(run_session):
+    pytest.importorskip("pytest_randomly")
     session = run_session(
         {"test_it.py": FILE},
         *("-p", "randomly", "-p", "no:rerunfailures"),

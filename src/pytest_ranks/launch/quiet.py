@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_ranks import _compat_terminal
+
 if TYPE_CHECKING:
     import pytest
 
@@ -48,3 +50,4 @@ def make_quiet(config: pytest.Config) -> None:
     config.option.setupshow = (
         False  # the controller shows its setup; here is no terminal to write to
     )
+    _compat_terminal.write_to_nobody(config)
