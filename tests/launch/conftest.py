@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+PROJECTS = Path(__file__).parent / "projects"
 RECORDER = """
 import json, os
 import pytest
@@ -68,6 +69,11 @@ class Session:
         telling = bad or [row for row in rows if row.when == "call"]
         assert len(telling) == 1, f"{name}: {[row.summary for row in rows]}\n{self.output}"
         return telling[0]
+
+
+def project(name: str) -> str:
+    """Return the text of a user's test file, which sessions run and this one never collects."""
+    return (PROJECTS / f"{name}.py").read_text()
 
 
 def environment(folder: Path) -> dict[str, str]:
