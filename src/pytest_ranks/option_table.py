@@ -343,7 +343,8 @@ TABLE = (
     ),
     Option(
         name="join_timeout",
-        help="Seconds in which all ranks of a launcher's world have to collect and come together",
+        help="Seconds in which the ranks have to import, collect and come together, also those of a "
+        "launcher's world",
         default=JOIN_SECONDS,
         metavar="SECONDS",
         ini="float",

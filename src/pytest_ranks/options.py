@@ -45,7 +45,7 @@ class Settings:
         list_checks: list the conformance checks and exit.
         self_check: run every check against its mutants and exit.
         attach: "auto", "always" or "never" attach to the world of a launcher.
-        join_timeout: seconds in which all ranks of that world have to come.
+        join_timeout: seconds in which ranks have to import, collect and come together.
         sources: where each value came from: an option, a variable, a file or the default.
     """
 

@@ -18,7 +18,6 @@ import pytest
 from pytest_ranks import _compat, _compat_terminal, marks, options
 from pytest_ranks.errors import RankFailure, RankTimeout, UnavailableError
 from pytest_ranks.launch import deaths, interrupts, scopes, tokens
-from pytest_ranks.launch.devices import DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.forensics.rerun import explain_again
 from pytest_ranks.launch.pool import Ranks
@@ -61,7 +60,7 @@ class RankItems:
         self._order: list[tuple[str, PoolKey]] = []
         self._index: dict[str, int] = {}
         self._next: pytest.Item | None = None
-        self._early: Pool | None = None
+        self._early: Pool | UnavailableError | None = None
         self._session_end: tuple[str, int | None] | None = None
         self._has_report = options.settings(session.config).report is not None
         self._owner = os.getpid()
@@ -136,13 +135,15 @@ class RankItems:
         self._next = nextitem
         is_ours = item.nodeid in self._index
         if is_ours and _compat.timeout_of(item) is not None:
-            with contextlib.suppress(UnavailableError):  # the item meets it again
+            try:
                 self._early = self._take(item)
+            except UnavailableError as error:
+                self._early = error
         try:
             with _compat_terminal.listening_quickly() if is_ours else contextlib.nullcontext():
                 result = yield
         finally:
-            if self._early is not None:  # the item did not run
+            if isinstance(self._early, Pool):  # the item did not run
                 self._service.give_back(self._early)
             self._early = None
         if self._session_end is not None:
@@ -161,15 +162,17 @@ class RankItems:
     def _on_ranks(self, item: pytest.Item) -> ItemOutcome:
         request = self._request(item)
         try:
-            pool, self._early = self._early or self._take(item), None
+            early, self._early = self._early, None
+            if isinstance(early, UnavailableError):
+                raise early
+            pool = early or self._take(item)
             self._warm_next()
             debug.note_world(self._config, request.spec.processes)
             start = time.monotonic()
             with interrupts.naming(item.nodeid, request.spec.world_size):
                 done = self._service.run(request, pool)
         except UnavailableError as error:
-            if not isinstance(error, DevicesUnavailable):
-                self._service.recover()
+            self._service.recover(error)
             raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
         seconds = time.monotonic() - start
         forward_warnings(self._config, done.runs)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch.channel import Channel, ChannelClosed, channel_pair, is_readable
-from pytest_ranks.launch.deadline import TERMINATE_SECONDS
+from pytest_ranks.launch.deadline import TERMINATE_SECONDS, trim
 from pytest_ranks.launch.group import early_variables, scrub_rank_variables
 from pytest_ranks.launch.guardian import JANITOR_SECONDS
 from pytest_ranks.launch.processes import (
@@ -27,8 +27,9 @@ from pytest_ranks.launch.processes import (
     read_tail,
     send_signal,
 )
+from pytest_ranks.launch.start_watch import START_SECONDS, StartOverdue, StartWatch
 from pytest_ranks.launch.startline import StartLine
-from pytest_ranks.launch.stores import STORE_SECONDS, Stores
+from pytest_ranks.launch.stores import Stores
 from pytest_ranks.launch.terminal.attendant import Attendant
 from pytest_ranks.launch.wire import (
     Born,
@@ -109,6 +110,7 @@ class ZygoteLink:
         self.channel = channel
         self.how = how
         self.attendant = Attendant()
+        self.start_seconds = START_SECONDS
         self.farewell = TERMINATE_SECONDS  # seconds that ranks get between SIGTERM and SIGKILL
         self._owner = os.getpid()
         self._pid = pid
@@ -291,14 +293,27 @@ class ZygoteLink:
             UnavailableError: torch cannot be imported, or the zygote ended.
         """
         try:
-            return self._stores.take()
+            watch = self.watch_start()
+            return self._stores.take(seconds=self.start_seconds, look=lambda: watch.look({}))
         except ChannelClosed:
             raise self._ended() from None
         except TimeoutError:
-            raise UnavailableError(
-                f"the ranks could not start within {STORE_SECONDS:g} s. What the process that "
-                f"they are forked from wrote, and where it is:\n{self.stacks()}"
-            ) from None
+            raise self.overdue() from None
+
+    def watch_start(self) -> StartWatch:
+        """Return what looks at the processes that a run needs to start."""
+        handles = self._handles.values()
+        return StartWatch(
+            self._pid, lambda: {one.pid: one.rank for one in handles if one.pid is not None}
+        )
+
+    def overdue(self) -> StartOverdue:
+        """Return the error to raise where the zygote has not come to forking ranks in time."""
+        return StartOverdue(
+            f"the ranks could not start within {self.start_seconds:g} s (--ranks-join-timeout). "
+            "What the process that they are forked from wrote, and where it is:\n"
+            f"{trim(self.stacks())}"
+        )
 
     def stacks(self) -> str:
         """Return what the zygote is doing, as Python stacks."""
@@ -310,7 +325,7 @@ class ZygoteLink:
         end = time.monotonic() + STACKS_SECONDS
         while os.fstat(self._log).st_size == before and time.monotonic() < end:
             time.sleep(0.02)
-        return read_tail(self._log)
+        return read_tail(self._log, 1 << 16)
 
     def close_store(self, port: int, *, is_used: bool = True) -> None:
         """Give a store back; one that nobody may have used is looked at, and taken again."""

@@ -34,6 +34,7 @@ class RankRun:
         sight: what its witness saw before a rank was stopped.
         note: what is known of how it was killed.
         is_frozen: whether it stopped itself, as its test had asked.
+        start_seconds: how long it had to get to its start.
     """
 
     rank: int
@@ -51,3 +52,4 @@ class RankRun:
     sight: Sight | None = None
     note: str = ""
     is_frozen: bool = False
+    start_seconds: float = 0.0

@@ -11,7 +11,6 @@ from pytest_ranks.launch.channel import ChannelClosed
 from pytest_ranks.launch.forensics.memory import own_group
 from pytest_ranks.launch.processes import read_tail
 from pytest_ranks.launch.rank_run import RankRun
-from pytest_ranks.launch.reporting.failures import START_SECONDS
 from pytest_ranks.launch.wire import Injected, Playing, Ready
 
 if TYPE_CHECKING:
@@ -75,9 +74,10 @@ class RunWatch:
         now = time.monotonic()
         # The deadline counts from the start of the work. That it has started is read in shared
         # memory, when the time would be up or a message wakes us anyway.
-        self._unready = now + START_SECONDS
+        self._unready = now + link.start_seconds
+        self._start = link.watch_start()
         self._started: float | None = now if line is None else None
-        self._look = now + timeout
+        self._look = now + min(timeout, STATUS_SECONDS)
         self._grace: float | None = None
         self._probe = probe
         self._kills = own_group().kills()
@@ -99,6 +99,8 @@ class RunWatch:
             grace = limit if self._grace is None else self._grace
             if now >= limit:
                 timed_out = True
+                if any(self._handles[run.rank].pid is None for run in waiting):
+                    raise self._link.overdue()
                 self._stop(waiting, "unready" if self._started is None else "deadline")
                 break
             if now >= grace:
@@ -133,6 +135,8 @@ class RunWatch:
             return self._look
         if now >= self._look:
             self._look = now + min(self._timeout, STATUS_SECONDS)
+            waiting = [handle for handle in self._handles if not self.runs[handle.rank].done]
+            self._start.look({one.pid: one.rank for one in waiting if one.pid is not None})
         return self._unready
 
     def _put_off(self, now: float) -> None:
@@ -266,6 +270,7 @@ class RunWatch:
             ]
         for handle, run, dump in zip(handles, waiting, dumps, strict=True):
             run.stopped, run.at, run.stacks = why, time.monotonic(), dump
+            run.start_seconds = self._link.start_seconds
             run.where = deadline.find_where(dump, handle.main_thread)
             self._read_output(handle, run)
         deadline.terminate(handles, seconds=self._link.farewell)

@@ -12,7 +12,7 @@ from pytest_ranks.hardware.probes import probe
 from pytest_ranks.hardware.requirements import BACKEND_DEVICES
 from pytest_ranks.launch import deaths, kept
 from pytest_ranks.launch.device_ranks import DeviceRanks
-from pytest_ranks.launch.devices import DeviceDesk
+from pytest_ranks.launch.devices import DeviceDesk, DevicesUnavailable
 from pytest_ranks.launch.fidelity import unfold
 from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.forensics.explanation import explain
@@ -22,6 +22,7 @@ from pytest_ranks.launch.pools import MakeRanks, Pool, PoolKey, Pools
 from pytest_ranks.launch.reporting.wide_teardowns import errors_of
 from pytest_ranks.launch.requests import ItemRequest, is_alone, world_of
 from pytest_ranks.launch.start import start_zygote
+from pytest_ranks.launch.start_watch import StartOverdue
 from pytest_ranks.launch.wire import (
     Finished,
     Injected,
@@ -94,14 +95,21 @@ class RankService:
         self._pools: Pools | None = None
         self._files: tuple[str, ...] = ()
         self._starts = 0
+        self._hopeless = ""  # why no zygote is started any more
         self._settings = settings(session.config)
 
     # ---- life
 
     def start(self) -> None:
-        """Start the zygote, as a fork of this session where that is safe."""
+        """Start the zygote, as a fork of this session where that is safe.
+
+        Raises:
+            UnavailableError: one before has hung until its time was up.
+        """
         if self._link is not None:
             return
+        if self._hopeless:
+            raise UnavailableError(self._hopeless)
         self._starts += 1
         self._link = start_zygote(self._session, fresh=self._starts > 1)
         self._pools = Pools(self._link, self._make_ranks, max_uses=self._settings.max_uses)
@@ -134,9 +142,21 @@ class RankService:
             self._link.close()
         self._pools = self._link = None
 
-    def recover(self) -> None:
-        """After the zygote ended: have the next item begin anew, a few times."""
-        if self._starts < MOST_STARTS:
+    def recover(self, error: UnavailableError) -> None:
+        """Have the next item begin anew, a few times, after an item got no ranks.
+
+        Where the zygote hangs before it can fork any, all later items are told so at once: what
+        it hangs in is the import of the same files again.
+        """
+        if isinstance(error, DevicesUnavailable):
+            return
+        if isinstance(error, StartOverdue):
+            self._hopeless = (
+                "not run: the ranks could not start for an earlier test, within "
+                f"{self._settings.join_timeout:g} s (--ranks-join-timeout); its report says "
+                "what they were doing"
+            )
+        if self._hopeless or self._starts < MOST_STARTS:
             self.end()
 
     # ---- one item

@@ -15,6 +15,7 @@ from pytest_ranks.launch.processes import native_threads
 from pytest_ranks.launch.terminal.attendant import Attendant, Display, is_shown
 from pytest_ranks.launch.terminal.debug import desk_of
 from pytest_ranks.launch.wire import Configure, Prepare
+from pytest_ranks.options import settings
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -56,6 +57,7 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
         display=Display(session.config) if is_shown(session.config) else None,
         desk=desk_of(session.config),
     )
+    link.start_seconds = settings(session.config).join_timeout
     measure = harvest_of(session.config).measure()
     if measure is not None:
         link.farewell = SAVE_SECONDS

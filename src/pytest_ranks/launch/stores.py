@@ -7,19 +7,20 @@ are at work, and one that nobody wrote to is taken again.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import UnavailableError
 from pytest_ranks.launch.channel import Channel, channel_pair
 from pytest_ranks.launch.group import LOOPBACK
 from pytest_ranks.launch.resolver import look_up_in_files
+from pytest_ranks.launch.start_watch import LOOK_SECONDS, START_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from socket import socket
     from typing import NoReturn
-
-STORE_SECONDS = 300.0  # before the first one the zygote imports and collects
 
 
 class Stores:
@@ -44,8 +45,14 @@ class Stores:
         if not self._free and not self._asked:
             self._ask("open")
 
-    def take(self) -> int:
+    def take(
+        self, *, seconds: float = START_SECONDS, look: Callable[[], None] = lambda: None
+    ) -> int:
         """Return the port of a store that nobody has written to.
+
+        Args:
+            seconds: to wait; before the first store the zygote imports.
+            look: called now and then meanwhile.
 
         Raises:
             UnavailableError: torch cannot be imported.
@@ -55,12 +62,20 @@ class Stores:
         if not self._free:
             self.prepare()
             assert self._channel is not None
-            answer, _ = self._channel.receive(STORE_SECONDS)
+            answer = self._await(self._channel, seconds, look)
             self._asked -= 1
             if isinstance(answer, str):
                 raise UnavailableError(f"no rendezvous store: {answer}")
             self._free.append(int(answer))
         return self._free.pop()
+
+    def _await(self, channel: Channel, seconds: float, look: Callable[[], None]) -> Any:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > LOOK_SECONDS:
+            with contextlib.suppress(TimeoutError):
+                return channel.receive(LOOK_SECONDS)[0]
+            look()
+        return channel.receive(max(0.0, left))[0]
 
     def give_back(self, port: int, *, is_used: bool) -> None:
         """Give a store back, and ask for one in its place.

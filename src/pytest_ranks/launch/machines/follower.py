@@ -132,7 +132,7 @@ class Follower:
         except UnavailableError as error:
             self._gone |= set(self._pools)
             self._pools.clear()
-            self._service.recover()
+            self._service.recover(error)
             rank0.tell_failure()
             now = time.monotonic()
             told = Raised(headline=str(error), traceback="", at=now)

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from pytest_ranks.launch.rank_run import RankRun
 
-# Seconds for fork, imports, collection and rendezvous, before the deadline of the work starts.
-START_SECONDS = 300.0
-
 # Seconds that a loaded controller may need to see that a process has ended.
 SEEN_LATE = 1.0
 
@@ -55,6 +52,7 @@ class Failure:
         line: `file:line` of the user's code, where it is known.
         felt_peer: whether the exception was raised over one that says that a peer went away.
         follows: whether the same rank had failed already.
+        start_seconds: how long it had to get to its start.
     """
 
     rank: int
@@ -69,6 +67,7 @@ class Failure:
     line: str = ""
     felt_peer: bool = False
     follows: bool = False
+    start_seconds: float = 0.0
 
     @property
     def is_collateral(self) -> bool:
@@ -196,6 +195,7 @@ def of_unfinished(run: RankRun, *, output: str, follows: bool = False) -> Failur
         at=run.at,
         output=output,
         where=run.where,
+        start_seconds=run.start_seconds,
     )
 
 
@@ -242,8 +242,8 @@ def headline(failures: Sequence[Failure], *, world_size: int, timeout: float) ->
     if first.kind == "unready":
         late = [one for one in failures if one.kind == "unready"]
         return (
-            f"the ranks were not ready after {START_SECONDS:g} s of importing, collecting and "
-            f"joining: {'; '.join(join_places(late))}"
+            f"the ranks were not ready after {first.start_seconds:g} s (--ranks-join-timeout) of "
+            f"importing, collecting and joining: {'; '.join(join_places(late))}"
         )
     if first.kind == "deadline":
         late = [one for one in failures if one.kind == "deadline"]
