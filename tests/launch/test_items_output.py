@@ -65,6 +65,7 @@ def test_lines_are_whole_and_have_their_rank_in_front(run_session, option):
 
 
 MUCH = """
+import threading
 import pytest
 
 LINES = 30_000  # of 100 characters
@@ -88,6 +89,37 @@ def test_much(rank, wordy):
     assert rank.index == 0
 
 
+class Del:
+    def __del__(self):
+        raise ValueError("in del")
+
+
+def fail_in_a_thread(name):
+    thread = threading.Thread(target=lambda: 1 / 0, name=name)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.ranks(2)
+def test_beside(rank):
+    Del()
+    if rank.index == 1:
+        fail_in_a_thread("mine")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.filterwarnings("error")
+def test_error(rank):
+    if rank.index == 1:
+        fail_in_a_thread("mine")
+
+
+@pytest.mark.ranks(2, fidelity="threads")
+def test_beside_threads(rank):
+    if rank.index == 1:
+        fail_in_a_thread("of a process")
+
+
 @pytest.mark.ranks(2, fidelity="threads")
 def test_threads(rank):
     if rank.index == 1:
@@ -96,10 +128,34 @@ def test_threads(rank):
 """
 
 
-def test_only_both_ends_of_much_output_are_kept(run_session, tmp_path):
-    report, junit = tmp_path / "ranks.json", tmp_path / "junit.xml"
+@pytest.fixture(scope="module")
+def much(run_session, tmp_path_factory):
+    """Return the session, its JSON report and its JUnit XML."""
+    folder = tmp_path_factory.mktemp("reports")
+    report, junit = folder / "ranks.json", folder / "junit.xml"
     places = (f"--ranks-report={report}", f"--junitxml={junit}", "-o", "junit_logging=all")
     session = run_session({"test_it.py": MUCH}, "-p", "no:randomly", *places)
+    return session, report, junit
+
+
+def test_warnings_about_threads_and_finalizers_name_their_ranks(much):
+    session, _, _ = much
+    assert session.call("test_beside").outcome == "passed"
+    said = session.output.partition("warnings summary")[2].splitlines()
+    lines = [line for line in said if ".py:" in line and "ExceptionWarning: " in line]
+    told = [line.partition("ExceptionWarning: ")[2].partition(" at 0x")[0] for line in lines]
+    assert sorted(told) == [
+        "Exception in thread of a process",  # of all ranks, so nobody knows of which
+        "rank 1: Exception in thread mine",
+        "ranks 0 and 1: Exception ignored in: <function Del.__del__",
+    ]
+    row = session.call("test_error")
+    assert row.text.startswith("rank 1 of 2 failed first: pytest.PytestUnhandledThreadException")
+    assert "pytest_ranks/" not in row.text
+
+
+def test_only_both_ends_of_much_output_are_kept(much):
+    session, report, junit = much
     mark = "\n[... 2900100 characters left out ...]\n"
     sections = dict(session.call("test_much").sections)
     for phase, what in (("setup", "in setup:"), ("call", "in call: ")):

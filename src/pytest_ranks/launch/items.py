@@ -175,7 +175,8 @@ class RankItems:
             self._service.recover(error)
             raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
         seconds = time.monotonic() - start
-        forward_warnings(self._config, done.runs)
+        has_processes = request.spec.processes == request.spec.world_size
+        forward_warnings(self._config, done.runs, has_processes=has_processes)
         subtests.note(item, done.runs)
         if options.settings(self._config).collective_debug == "on_failure":
             allowed = _compat.timeout_of(item)

@@ -198,6 +198,7 @@ class RankSession:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Name the context of covered lines; what is reported in here is a subtest."""
+        __tracebackhide__ = True
         coverage.enter(f"{item.nodeid}|run")
         self._is_in_call = True
         try:

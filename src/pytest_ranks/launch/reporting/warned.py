@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_ranks.launch.reporting.folding import likeness, ranks_text
 from pytest_ranks.launch.wire import Finished, Warned
 
 if TYPE_CHECKING:
@@ -14,15 +16,33 @@ if TYPE_CHECKING:
     from pytest_ranks.launch.rank_run import RankRun
 
 
-def forward_warnings(config: pytest.Config, runs: list[RankRun]) -> None:
-    """Record the warnings of all ranks, equal ones once."""
-    seen: set[Warned] = set()
+# What was raised in a thread or a `__del__`: pytest can only say where it saw that itself.
+_WITHOUT_A_PLACE = (
+    "pytest:PytestUnhandledThreadExceptionWarning",
+    "pytest:PytestUnraisableExceptionWarning",
+)
+
+
+def forward_warnings(config: pytest.Config, runs: list[RankRun], *, has_processes: bool) -> None:
+    """Record the warnings of all ranks, equal ones once; what has no place in a test by its rank.
+
+    Args:
+        config: of the session.
+        runs: what each rank did.
+        has_processes: whether each rank had a process, so that the rank is known.
+    """
+    found: dict[Warned, tuple[Warned, list[int]]] = {}
     for run in runs:
         for message in run.messages:
             for warned in message.warnings if isinstance(message, Finished) else ():
-                if warned not in seen:
-                    seen.add(warned)
-                    _record(config, warned)
+                is_named = has_processes and warned.category in _WITHOUT_A_PLACE
+                key = replace(warned, text=likeness(warned.text)) if is_named else warned
+                _, ranks = found.setdefault(key, (warned, []))
+                if is_named and run.rank not in ranks:
+                    ranks.append(run.rank)
+    for warned, ranks in found.values():
+        head = f"{ranks_text(ranks)}: " if ranks else ""
+        _record(config, replace(warned, text=head + warned.text))
 
 
 def warn(item: pytest.Item, text: str) -> None:
