@@ -126,6 +126,17 @@ def _check_together(chosen: Settings) -> None:
             f"{chosen.source('hardware_marks')} makes these marks the project's own, which this "
             "plugin does not follow; require ranks alone, or set ranks_hardware_marks=true"
         )
+    if chosen.list_checks and chosen.self_check:
+        raise pytest.UsageError(
+            "--ranks-list-checks, --ranks-self-check: found both, expected one: the first lists "
+            "checks, the second proves them on planted bugs"
+        )
+    if chosen.source("subject") == "--ranks-subject" and (chosen.list_checks or chosen.self_check):
+        command = "--ranks-list-checks" if chosen.list_checks else "--ranks-self-check"
+        raise pytest.UsageError(
+            f"{command}: found --ranks-subject={chosen.subject} beside it, which it does not look "
+            "at; leave one of the two out"
+        )
 
 
 def _resolve(row: Option, config: pytest.Config) -> tuple[Any, str]:

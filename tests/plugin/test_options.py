@@ -188,6 +188,32 @@ def test_marks_that_are_not_ours_cannot_be_required(run, pytester) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--ranks-list-checks", "--ranks-self-check"],
+            "--ranks-list-checks, --ranks-self-check: found both, expected one: the first lists "
+            "checks, the second proves them on planted bugs",
+        ),
+        (
+            ["--ranks-list-checks", "--ranks-subject=mine:Trainer"],
+            "--ranks-list-checks: found --ranks-subject=mine:Trainer beside it, which it does not "
+            "look at; leave one of the two out",
+        ),
+        (
+            ["--ranks-self-check", "--ranks-subject=mine:Trainer"],
+            "--ranks-self-check: found --ranks-subject=mine:Trainer beside it, which it does not "
+            "look at; leave one of the two out",
+        ),
+    ],
+)
+def test_commands_that_would_leave_an_option_out_say_so(run, arguments, message: str) -> None:
+    result = run(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.stderr.str().strip() == f"ERROR: {message}"
+
+
 def test_a_wrong_type_in_native_toml_is_one_sentence(run, pytester) -> None:
     if pytest.version_tuple < (9,):
         pytest.skip("pytest reads this table from version 9 on")
