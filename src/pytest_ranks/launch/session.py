@@ -115,10 +115,10 @@ class RankSession:
 
     def run(self, request: RunItem, fail: Callable[[object], None]) -> Finished:
         """Run one item and return its reports; `fail` gets each that did not pass, at once."""
-        item = self._items.get(request.node_id)
+        item = self._item_of(request.node_id)
         if item is None:
             return Finished(missing=self._why_missing(request.node_id))
-        following: Any = self._items.get(request.next_node_id or "")
+        following: Any = self._item_of(request.next_node_id or "")
         if request.hold:
             following = Sibling(item)
         _compat.set_base_temp(self._config, Path(request.base_temp))
@@ -155,6 +155,13 @@ class RankSession:
             f"teardown of an earlier test's fixtures failed: {error}"
             for error in _teardown_errors(self._session, item)
         ]
+
+    def _item_of(self, node_id: str) -> pytest.Item | None:
+        """Return an item by the controller's id; xdist's loadgroup adds `@group` to some."""
+        found = self._items.get(node_id)
+        if found is None and "@" in node_id:
+            return self._item_of(node_id.rpartition("@")[0])
+        return found
 
     def _why_missing(self, node_id: str) -> str:
         file = node_id.partition("::")[0]
