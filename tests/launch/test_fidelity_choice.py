@@ -51,6 +51,14 @@ def test_a_simulated_device_has_a_name():
     assert (spec.simulated, spec.backend, spec.processes) == ("gaudi", "gloo", 2)
     (free,) = ranks(2)
     assert (free.simulated, ladder.at(free, "simulated").simulated) == ("", "neuron")
+    several = ranks(2, fidelity=["gloo", "simulated"], device="gaudi")
+    assert [one.simulated for one in several] == ["", "gaudi"]
+
+
+def test_the_rank_that_is_played_is_one_of_each_world():
+    with pytest.raises(BadInputError) as caught:
+        ranks([2, 4], fidelity="fake", as_rank=3)
+    assert str(caught.value) == "ranks(as_rank=3): expected a rank of the world, 0 to 1."
 
 
 def test_several_fidelities_are_one_spec_each_and_the_lowest_named_is_valid():
@@ -60,6 +68,8 @@ def test_several_fidelities_are_one_spec_each_and_the_lowest_named_is_valid():
         *((2, "gloo"), (2, "device")),
     ]
     assert {one.lowest_fidelity for one in specs} == {"gloo"}
+    with_lowest = ranks(2, fidelity=["gloo", "device"], lowest_fidelity="gloo")
+    assert [one.is_pinned for one in (*specs, *with_lowest)] == [True] * 6
 
 
 NAMES = ", ".join(map(repr, ladder.FIDELITIES))
@@ -100,6 +110,10 @@ NAMES = ", ".join(map(repr, ladder.FIDELITIES))
             "ranks(as_rank=2): expected a rank of the world, 0 to 1.",
         ),
         (
+            {"as_rank": True, "fidelity": "fake"},
+            "ranks(as_rank=True): expected a rank of the world, 0 to 1.",
+        ),
+        (
             {"as_rank": 1},
             "ranks(as_rank=1): only a body at fidelity='fake' plays one rank of many; at the "
             "others every rank plays itself.",
@@ -113,6 +127,11 @@ NAMES = ", ".join(map(repr, ladder.FIDELITIES))
             {"device": "gaudi", "fidelity": "gloo"},
             "ranks(device='gaudi'): only fidelity='simulated' names a device; a real one is what "
             "the backend has.",
+        ),
+        (
+            {"expect_deaths": {0: "SIGKILL"}, "lowest_fidelity": "threads"},
+            "ranks(expect_deaths=...): at fidelity 'threads' one process plays all ranks, so none "
+            "dies alone; expected lowest_fidelity 'gloo' or above.",
         ),
         (
             {"expect_deaths": {0: "SIGKILL"}, "fidelity": "fake"},
@@ -238,6 +257,11 @@ class TestArguments:
         pass
 
 
+@pytest.mark.ranks(4096, fidelity="fake", lowest_fidelity="fake")
+def test_allows_more_ranks_than_may_be_processes(rank):
+    assert rank.fidelity == "fake"
+
+
 @pytest.mark.ranks(2)
 def test_asks(rank, ranks_fidelity):
     assert ranks_fidelity == "gloo"
@@ -251,7 +275,8 @@ def test_faults(rank, faults):
 
 @pytest.fixture(scope="module")
 def by_fixture(run_session):
-    return run_session({"test_it.py": CHOSEN_BY_FIXTURE})
+    # a wish of the session that no test here allows leaves the say to the fixture
+    return run_session({"test_it.py": CHOSEN_BY_FIXTURE}, "--ranks-fidelity=fake")
 
 
 @pytest.mark.parametrize(
@@ -323,4 +348,7 @@ def test_tests_without_the_mark_are_not_repeated(by_fixture):
 def test_the_command_line_goes_before_a_fixture_without_parameters(run_session):
     found = run_session({"test_it.py": CHOSEN_BY_FIXTURE}, "--ranks-fidelity=gloo", "-k", "allows")
     assert dict(found.call("test_allows_one").properties)["fidelity"] == "gloo"
+    wide = found.call("test_allows_more_ranks_than_may_be_processes")
+    assert wide.outcome == "passed", wide.text
+    assert dict(wide.properties)["fidelity"] == "fake"
     assert dict(found.call("test_allows[threads]").properties)["fidelity"] == "threads"

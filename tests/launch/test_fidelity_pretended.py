@@ -41,6 +41,9 @@ def test_data_of_others_is_not_a_number(rank):
     received = torch.ones(2)
     dist.recv(received, src=1)
     assert received.isnan().all()
+    gathered = [torch.ones(2) for _ in range(8)]
+    dist.gather(torch.ones(2), gathered, dst=3)
+    assert torch.stack(gathered).isnan().all()
 
 
 @pytest.mark.ranks(8, fidelity="fake")
@@ -85,6 +88,13 @@ def test_ddp_under_fake(rank):
 
 
 @pytest.mark.ranks(8, fidelity="fake")
+def test_fsdp1_under_fake(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    FullyShardedDataParallel(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.ranks(8, fidelity="fake")
 def test_stages_that_are_imported_late(rank):
     from torch.distributed.pipelining import PipelineStage
 
@@ -103,6 +113,11 @@ def test_own_initialisation(rank):
     dist.destroy_process_group()
     dist.init_process_group("gloo")
     assert (dist.get_world_size(), dist.get_backend()) == (8, "fake")
+
+
+@pytest.mark.ranks([4, 8], fidelity="fake", keep_group=True)
+def test_a_kept_group_is_of_one_size(rank):
+    assert dist.get_world_size() == rank.world_size
 
 
 @pytest.mark.ranks(16, fidelity="fake", as_rank=5)
@@ -168,7 +183,7 @@ def test_ddp_under_local_tensor(rank):
     torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.ranks(4, fidelity="local_tensor", timeout=2)
+@pytest.mark.ranks(4, fidelity="local_tensor", timeout=8)
 def test_hangs(rank):
     time.sleep(600)
 
@@ -199,6 +214,8 @@ PASS = (
     "test_integers_are_its_own",
     "test_a_step_of_fsdp2",
     "test_own_initialisation",
+    "test_a_kept_group_is_of_one_size[ws=4]",
+    "test_a_kept_group_is_of_one_size[ws=8]",
     "test_numbers_of_all_ranks",
     "test_many_ranks_of_real_numbers",
     "test_anywhere_above",
@@ -251,6 +268,11 @@ NUMBER = (
         (
             "test_ddp_under_fake",
             "fidelity 'fake' cannot show DistributedDataParallel: its reducer compares parameters "
+            "between ranks; run the test at fidelity 'threads' or above.",
+        ),
+        (
+            "test_fsdp1_under_fake",
+            "fidelity 'fake' cannot show FSDP1 (FullyShardedDataParallel): it exchanges objects "
             "between ranks; run the test at fidelity 'threads' or above.",
         ),
         (
@@ -316,7 +338,7 @@ def test_it(rank, turn, record_property):
 
 def test_hangs_end_with_stacks(found):
     text = found.call("test_hangs").text
-    head = "fidelity local_tensor: timed out after 2 s: the body of all 4 ranks was in test_hangs"
+    head = "fidelity local_tensor: timed out after 8 s: the body of all 4 ranks was in test_hangs"
     assert text.startswith(head)
     assert "time.sleep" not in text.splitlines()[0]
     assert "in test_hangs" in text.split("stacks of")[1]

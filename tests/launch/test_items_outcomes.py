@@ -49,7 +49,11 @@ DISAGREE = r"the ranks disagree: "
     ("name", "when", "headline"),
     [
         ("test_fail", "call", CUT + "Failed: said so"),
-        ("test_did_not_raise", "call", CUT + "Failed: DID NOT RAISE (ValueError|<class 'ValueError'>)"),
+        (
+            "test_did_not_raise",
+            "call",
+            CUT + "Failed: DID NOT RAISE (ValueError|<class 'ValueError'>)",
+        ),
         ("test_importorskip", "call", DISAGREE + "rank 0 passed, rank 1 skipped"),
         ("test_skip_in_a_fixture", "call", DISAGREE + "rank 0 passed, rank 1 skipped"),
         ("test_skipif_by_rank", "call", DISAGREE + "rank 0 passed, rank 1 skipped"),
