@@ -214,6 +214,23 @@ def test_commands_that_would_leave_an_option_out_say_so(run, arguments, message:
     assert result.stderr.str().strip() == f"ERROR: {message}"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--ranks-suite=los"], "--ranks-suite"),
+        (["--ranks-suite=loss", "--ranks-subject=mine:Trainer"], "--ranks-subject, --ranks-suite"),
+    ],
+)
+def test_options_of_the_suites_without_the_suites_are_told(run, arguments, options: str) -> None:
+    result = run(*arguments)
+    assert result.ret == pytest.ExitCode.OK
+    assert (
+        f"{options}: no check of the conformance suites ran; run them with: pytest --pyargs "
+        f"pytest_ranks.conformance {options.partition(',')[0]}=..."
+    ) in result.outlines
+    assert "no check of the conformance suites" not in run().stdout.str()
+
+
 def test_a_wrong_type_in_native_toml_is_one_sentence(run, pytester) -> None:
     if pytest.version_tuple < (9,):
         pytest.skip("pytest reads this table from version 9 on")

@@ -96,12 +96,31 @@ class VerdictReporter:
         problem = self._problem()
         if problem:
             terminalreporter.write_line(f"FAILED: {problem}", red=True, bold=True)
+        unused = self._unused_options()
+        if unused:
+            terminalreporter.ensure_newline()
+            terminalreporter.write_line(unused, yellow=True)
 
     def pytest_unconfigure(self) -> None:
         """End the ranks of the session's checks."""
         module = _checks_module()
         if module is not None:
             module.close_sessions()
+
+    def _unused_options(self) -> str:
+        """Return the sentence about options that no check has looked at; empty where one has."""
+        chosen = settings(self.config)
+        options = [
+            f"--ranks-{name}"
+            for name in ("subject", "suite")
+            if chosen.source(name) == f"--ranks-{name}"
+        ]
+        if not options or self.records or self.config.option.collectonly:
+            return ""
+        return (
+            f"{', '.join(options)}: no check of the conformance suites ran; run them with: pytest "
+            f"--pyargs pytest_ranks.conformance {options[0]}=..."
+        )
 
     def _problem(self) -> str:
         """Return why a session without failures must fail all the same; empty when it need not."""
