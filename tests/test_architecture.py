@@ -89,6 +89,7 @@ RANK_MODULES = {
     "launch.hygiene": "what a test left behind",
     "launch.group": "the process group that the rank joins",
     "launch.rank_context": "what a test knows of its rank",
+    "launch.own_address": "how a test's own world meets at a port of its own",
     "launch.resolver": "the look-up of names while it meets its store",
     "launch.seeding": "the random generators, seeded before each test",
     "launch.startline": "where the ranks of a run wait for each other",

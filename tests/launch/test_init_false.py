@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 TESTS = """
-import os
+import os, socket, time
 import pytest, torch
 import torch.distributed as dist
 
@@ -76,6 +76,39 @@ def test_finds_that_place_empty(rank):
 def test_own_store(rank):
     store = dist.PrefixStore("mine", place())
     dist.init_process_group("gloo", store=store, rank=rank.index, world_size=2)
+    assert total() == 2.0
+
+
+def free_port(rank):
+    if rank.index == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            (rank.shared_tmp_path / "new").write_text(str(free.getsockname()[1]))
+        (rank.shared_tmp_path / "new").rename(rank.shared_tmp_path / "port")
+    while not (path := rank.shared_tmp_path / "port").exists():
+        time.sleep(0.01)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("way", ["keyword", "position", "variables"])
+@pytest.mark.parametrize("init", [pytest.param(True, marks=pytest.mark.ranks(2)), False])
+def test_own_port(rank, way, init, monkeypatch):
+    port = free_port(rank)
+    told, place = os.environ["TORCHELASTIC_USE_AGENT_STORE"], {"rank": rank.index, "world_size": 2}
+    if way == "keyword":
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", **place)
+    elif way == "position":
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", **place)
+    else:
+        monkeypatch.setenv("MASTER_PORT", port)
+        dist.init_process_group("gloo")
+    assert total() == 2.0
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == told
+
+
+def test_own_file(rank):
+    url = f"file://{rank.shared_tmp_path}/store"
+    dist.init_process_group("gloo", init_method=url, rank=rank.index, world_size=2)
     assert total() == 2.0
 
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks import _compat
+from pytest_ranks.launch import own_address
 from pytest_ranks.launch.kept import GroupState, KeptGroups
 from pytest_ranks.launch.resolver import looking_up_in_files
 
@@ -181,7 +182,10 @@ def let_tests_initialise() -> None:
             for name, variable in (("rank", "RANK"), ("world_size", "WORLD_SIZE")):
                 if kwargs.get(name, -1) < 0:
                     kwargs[name] = int(os.environ[variable])
-        return original(*args, **kwargs)
+        url = args[1] if len(args) > 1 else kwargs.get("init_method")
+        port = _meeting[0][1].port if _meeting and not kwargs.get("store") else None
+        with own_address.serving_by_rank_zero(url, port):
+            return original(*args, **kwargs)
 
     dist.init_process_group = init_process_group
     distributed_c10d.init_process_group = init_process_group
@@ -320,12 +324,10 @@ class ProcessGroup:
             self._mesh = world.mesh, init_device_mesh(kind, sizes, mesh_dim_names=names)
         return self._mesh[1]
 
-    def sequence(self) -> int | None:
-        """Return how many operations the group has issued, None where torch does not tell."""
-        import torch.distributed as dist
-
-        group = dist.group.WORLD if dist.is_initialized() else None
-        return None if group is None else _compat.sequence_number(group)
+    def sequences(self) -> tuple[tuple[str, int], ...]:
+        """Return each group's name and how many operations it has issued, where torch tells."""
+        counts = ((one, _compat.sequence_number(one)) for one in _compat.all_process_groups())
+        return tuple((one.group_name, count) for one, count in counts if count is not None)
 
     def state(self) -> GroupState | None:
         """Return what was done on the kept groups, None where the test destroyed them."""
