@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 
 import pytest
 
 from launch.conftest import project
+from pytest_ranks.launch.hygiene.living import Children
 
 pytest.importorskip("torch")
 
@@ -220,3 +223,18 @@ def test_ranks_that_hold_something_are_replaced_also_where_failures_are_no_reaso
     names = ("test_fails", "test_has_the_same_ranks", "test_fails_and_leaves_a_thread")
     pids = [dict(session.of(name)[1].properties)["pid"] for name in (*names, "test_has_others")]
     assert pids[0] == pids[1] == pids[2] != pids[3]
+
+
+def test_children_are_ended_unheard_by_handlers():
+    """torch's handler raises in a rank when a worker of a data loader is killed."""
+    child = subprocess.Popen(["sleep", "1000"])
+    heard = []
+    before = signal.signal(signal.SIGCHLD, lambda *_: heard.append(1))
+    try:
+        assert Children().end({child.pid: "sleep"})
+        assert heard == []
+        assert child.wait() is not None
+        subprocess.run(["true"], check=True)
+        assert heard  # from here on it is told again
+    finally:
+        signal.signal(signal.SIGCHLD, before)

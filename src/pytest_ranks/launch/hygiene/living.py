@@ -16,7 +16,7 @@ from pytest_ranks.launch.hygiene.trait import show
 from pytest_ranks.launch.processes import children, descendants, is_janitor, is_running
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Generator, Hashable, Mapping
 
 OURS = "pytest-ranks-"
 # What ends together with the test may need a moment for that; only a leak ever waits this long.
@@ -80,14 +80,29 @@ class Children:
 
     def end(self, found: Mapping[Hashable, Any]) -> bool:
         """Kill the children with everything below them."""
-        for pid in found:
-            assert isinstance(pid, int)
-            for one in (*descendants(pid), pid):
+        with _untold_of_children():
+            for pid in found:
+                assert isinstance(pid, int)
+                for one in (*descendants(pid), pid):
+                    with contextlib.suppress(OSError):
+                        os.kill(one, signal.SIGKILL)
                 with contextlib.suppress(OSError):
-                    os.kill(one, signal.SIGKILL)
-            with contextlib.suppress(OSError):
-                os.waitpid(pid, 0)
+                    os.waitpid(pid, 0)
         return True
+
+
+@contextlib.contextmanager
+def _untold_of_children() -> Generator[None]:
+    """Keep from handlers that children end: torch's raises when a worker of a loader is killed."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    is_ours = callable(handler) and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _is_of_a_test(thread: threading.Thread) -> bool:
