@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -17,7 +18,6 @@ from pytest_ranks.launch import coverage
 from pytest_ranks.launch.fidelity.ladder import HOSTED
 from pytest_ranks.launch.hygiene.watch import Inherited, StateWatch
 from pytest_ranks.launch.phases import as_data, make_phase
-from pytest_ranks.launch.preparation import keeping_all
 from pytest_ranks.launch.quiet import make_quiet
 from pytest_ranks.launch.scopes import Sibling
 from pytest_ranks.launch.seeding import load_generators
@@ -63,14 +63,14 @@ class RankSession:
 
     def collect(self, files: tuple[str, ...]) -> None:
         """Collect test files; what goes wrong is told when an item is missed."""
-        with keeping_all():
-            try:
-                self._session.perform_collect(list(files))
-            except BaseException as error:
-                self._errors[""] = f"{type(error).__name__}: {error}"
-            self._warnings.clear()  # the controller's own collection recorded the same
-            load_generators()
-            self._inherited = Inherited()
+        try:
+            self._session.perform_collect(list(files))
+        except BaseException as error:
+            self._errors[""] = f"{type(error).__name__}: {error}"
+        self._warnings.clear()  # the controller's own collection recorded the same
+        load_generators()
+        self._inherited = Inherited()
+        gc.freeze()  # `keeping_all` would show test files a collector that is off
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(

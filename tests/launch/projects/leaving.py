@@ -70,7 +70,6 @@ def state():
 
 
 START = state()
-START["gc"] = (True, gc.get_threshold())  # files are imported without looking for garbage
 
 
 def environment():
