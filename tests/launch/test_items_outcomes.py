@@ -130,6 +130,13 @@ DISAGREE = r"the ranks disagree: "
             r"\(test_it.py:\d+\) and never waited for it, rank 0 never issued it",
         ),
         (
+            "test_unawaited_in_a_subgroup",
+            "call",
+            DISAGREE + r"rank 1 issued all_reduce #1 of float32 \[3\] in "
+            r"test_unawaited_in_a_subgroup \(test_it.py:\d+\) and never waited for it, "
+            r"rank 0 never issued it",
+        ),
+        (
             "test_unawaited_on_two",
             "call",
             DISAGREE + r"rank.* issued broadcast #1 of float32 \[3\] in test_unawaited_on_two "

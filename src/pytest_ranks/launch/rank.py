@@ -154,7 +154,7 @@ class Rank:
         finished = self._items.run(request, self._fail)
         if self._held:
             self._release()
-        finished = replace(finished, sequence=self._group.sequence())
+        finished = replace(finished, sequences=self._group.sequences())
         if request.world.keep_group:
             finished = replace(finished, group=self._group.state())
         coverage.save()

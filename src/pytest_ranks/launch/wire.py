@@ -379,7 +379,7 @@ class Finished:
         phases: the reports, in order, without those already sent.
         warnings: what was recorded.
         missing: why the item was not found, None where it was.
-        sequence: how many operations the default group has issued, None where there is no group.
+        sequences: name of each process group and how many operations it has issued, where torch tells.
         group: what was done on the kept groups, None where none was kept.
         errors: what failed outside of a phase.
         sections: what was captured of several ranks together, with titles.
@@ -389,7 +389,7 @@ class Finished:
     phases: tuple[Phase, ...] = ()
     warnings: tuple[Warned, ...] = ()
     missing: str | None = None
-    sequence: int | None = None
+    sequences: tuple[tuple[str, int], ...] = ()
     group: GroupState | None = None
     errors: tuple[str, ...] = ()
     sections: tuple[tuple[str, str], ...] = ()

@@ -350,6 +350,12 @@ def test_unawaited_on_one(rank):
         dist.all_reduce(torch.ones(3), async_op=True)
 
 
+def test_unawaited_in_a_subgroup(rank):
+    group = dist.new_group([0, 1])
+    if rank.index == 1:
+        dist.all_reduce(torch.ones(3), group=group, async_op=True)
+
+
 @pytest.mark.ranks(3)
 def test_unawaited_on_two(rank):
     if rank.index != 1:

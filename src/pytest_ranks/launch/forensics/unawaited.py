@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def is_uneven(runs: Sequence[RankRun]) -> bool:
-    """Return whether ranks that are done count unlike operations on their default group.
+    """Return whether ranks that are done count unlike operations on a group that they share.
 
     That may be right: messages between two ranks count on these two alone.
     """
-    counts = {
-        message.sequence
-        for run in runs
-        for message in run.messages
-        if isinstance(message, Finished)
-    }
-    return len(counts) > 1 and all(run.done for run in runs)
+    counts: dict[str, set[int]] = {}
+    for run in runs:
+        for message in run.messages:
+            if isinstance(message, Finished):
+                for name, count in message.sequences:
+                    counts.setdefault(name, set()).add(count)
+    return any(len(one) > 1 for one in counts.values()) and all(run.done for run in runs)
 
 
 def unawaited(sights: Mapping[int, Sight]) -> str:
