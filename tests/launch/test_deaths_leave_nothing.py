@@ -101,6 +101,8 @@ class Scene:
         while time.monotonic() < end and (left := [*alive(pids), *filter(Path.exists, files)]):
             time.sleep(0.02)
         assert left == [], self.output()
+        while time.monotonic() < end and any(self.temporary.glob("*coverage*")):
+            time.sleep(0.02)
         assert [path.name for path in self.temporary.iterdir()] == ["pytest-of-root"]
         assert [one.poll() for one in self.bystanders] == [None] * len(self.bystanders)
         return status
@@ -170,6 +172,17 @@ def take_terminal() -> None:
 def test_the_controller_is_killed(start):
     scene = start()
     scene.notes()
+    scene.process.kill()
+    assert scene.end() == -signal.SIGKILL
+
+
+def test_the_controller_is_killed_while_lines_are_measured(start):
+    pytest.importorskip("pytest_cov")
+    scene = start(WAIT, "--cov=.")
+    scene.notes()
+    assert [one.name[:21] for one in scene.temporary.glob("*coverage*")] == [
+        "pytest-ranks-coverage"
+    ]
     scene.process.kill()
     assert scene.end() == -signal.SIGKILL
 

@@ -60,6 +60,11 @@ class Harvest:
         copy.patch = []
         return Measure(config=copy.serialize(), contexts=self._contexts)
 
+    @property
+    def folder(self) -> str | None:
+        """Where ranks save what they have covered, None where they do not measure."""
+        return None if self._folder is None else str(self._folder)
+
     def take_in(self) -> None:
         """Merge what ranks have saved so far into this process's data."""
         running = _running()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import time
 from typing import TYPE_CHECKING, NoReturn
@@ -31,7 +32,7 @@ GUARDIAN_SECONDS = 2.0  # what a zygote has to see for itself that its controlle
 JANITOR_SECONDS = 6.0
 
 
-def start_guardian(channel: Channel, controller: int) -> None:
+def start_guardian(channel: Channel, controller: int, *, litter: str | None = None) -> None:
     """Go on in a child of this process, which stays as its guardian.
 
     A zygote that hangs in an import cannot see for itself that its controller is gone, and one
@@ -41,23 +42,35 @@ def start_guardian(channel: Channel, controller: int) -> None:
     Args:
         channel: to the controller.
         controller: pidfd of the controller.
+        litter: folder that the controller removes, and the guardian where it cannot any more.
     """
     become_subreaper()
     guardian = os.getpid()
     pid = os.fork()
     if pid != 0:
-        _guard(channel, controller, pid)
+        _guard(channel, controller, pid, litter)
     die_with_parent(guardian)
     pidfd = os.pidfd_open(os.getpid())
     channel.send(Born(pid=os.getpid()), (pidfd,))
     os.close(pidfd)
 
 
+def _sweep(controller: int, litter: str) -> None:
+    """Remove a folder once the controller has ended, which it may do before it does so itself."""
+    # the controller waits for the guardian's end, so that a child waits for the controller's
+    if not has_ended(controller) and os.fork() != 0:
+        return
+    poll = select.poll()
+    poll.register(controller, select.POLLIN)
+    poll.poll()
+    shutil.rmtree(litter, ignore_errors=True)
+
+
 class _Asked(Exception):
     """The controller wants the end now."""
 
 
-def _guard(channel: Channel, controller: int, zygote: int) -> NoReturn:
+def _guard(channel: Channel, controller: int, zygote: int, litter: str | None) -> NoReturn:
     try:
         pidfd = os.pidfd_open(zygote)
         signal.signal(signal.SIGTERM, _raise_asked)
@@ -78,6 +91,8 @@ def _guard(channel: Channel, controller: int, zygote: int) -> NoReturn:
             channel.send(Ended(status=status))
         channel.close()  # only now does the controller see the end
         end_everything_below()
+        if litter is not None:
+            _sweep(controller, litter)
     finally:
         os._exit(0)
 

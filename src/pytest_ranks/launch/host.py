@@ -68,9 +68,9 @@ class RankHost:
         self._owner = os.getpid()
         self._closed = False
         environment = {**os.environ, **early_variables(), **(env or {})}
-        self._link = ZygoteLink.start_fresh(environment)
         self._harvest = Harvest()
         measure = self._harvest.measure()
+        self._link = ZygoteLink.start_fresh(environment, litter=self._harvest.folder)
         if measure is not None:
             self._link.farewell = SAVE_SECONDS
         self._link.prepare(

@@ -156,7 +156,9 @@ class ZygoteLink:
         return cls(ours, pid, log=log, reap=lambda: os.waitpid(pid, 0), how="forked")
 
     @classmethod
-    def start_fresh(cls, environment: dict[str, str], *options: str) -> ZygoteLink:
+    def start_fresh(
+        cls, environment: dict[str, str], *options: str, litter: str | None = None
+    ) -> ZygoteLink:
         """Start a zygote as a fresh process; returns at once."""
         ours, theirs = channel_pair()
         log = _memory_file("pytest-ranks-zygote")
@@ -172,6 +174,7 @@ class ZygoteLink:
                     str(theirs.fileno()),
                     str(controller),
                     *options,
+                    *([] if litter is None else [f"--litter={litter}"]),
                 ],
                 pass_fds=(theirs.fileno(), controller),
                 stdin=subprocess.DEVNULL,

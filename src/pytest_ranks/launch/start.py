@@ -37,6 +37,8 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
         fresh: never fork, because the session is past its collection.
     """
     configuration = _configuration(session.config)
+    harvest = harvest_of(session.config)
+    measure = harvest.measure()
     environment = {**os.environ, **early_variables()}
     if not fresh and native_threads() == 1 and "torch" not in sys.modules:
 
@@ -46,19 +48,18 @@ def start_zygote(session: pytest.Session, *, fresh: bool) -> ZygoteLink:
             from pytest_ranks.launch.zygote import Ends
 
             ends = Ends(channel=channel, controller=controller, log=log)
-            start_guardian(channel, controller)
+            start_guardian(channel, controller, litter=harvest.folder)
             rank_session.serve(session, ends)
 
         link = ZygoteLink.start_forked(serve)
     else:
-        link = ZygoteLink.start_fresh(environment, "--pytest")
+        link = ZygoteLink.start_fresh(environment, "--pytest", litter=harvest.folder)
         link.become(configuration)
     link.attendant = Attendant(
         display=Display(session.config) if is_shown(session.config) else None,
         desk=desk_of(session.config),
     )
     link.start_seconds = settings(session.config).join_timeout
-    measure = harvest_of(session.config).measure()
     if measure is not None:
         link.farewell = SAVE_SECONDS
     request = Prepare(modules=("torch",), coverage=measure)

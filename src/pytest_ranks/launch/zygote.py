@@ -204,9 +204,11 @@ def main(arguments: list[str]) -> NoReturn:
     ends = Ends(
         channel=Channel.from_fd(int(arguments[0])), controller=int(arguments[1]), log=os.dup(2)
     )
-    start_guardian(ends.channel, ends.controller)
+    options = arguments[2:]
+    litter = [option.removeprefix("--litter=") for option in options if "--litter=" in option]
+    start_guardian(ends.channel, ends.controller, litter=litter[0] if litter else None)
     ends.tell_stacks()
-    if arguments[2:] == ["--pytest"]:
+    if "--pytest" in options:
         from pytest_ranks.launch.session import become, serve
 
         request, _ = ends.channel.receive()
