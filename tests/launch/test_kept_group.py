@@ -146,7 +146,7 @@ def test_function(number, rank, record_property):
 @pytest.fixture(scope="module")
 def session(run_session):
     files = {"test_module.py": MODULE, "test_classes.py": CLASSES}
-    return run_session(files, "-p", "no:randomly", "-p", "no:rerunfailures", "test_module.py", ".")
+    return run_session(files, "-p", "no:randomly", "-p", "no:rerunfailures", *files)
 
 
 def noted(session, name):
