@@ -57,6 +57,16 @@ def test_the_signature_that_users_read_is_the_functions_own():
         ((0,), {}, "ranks(0): world size 0, expected a whole number of at least 1."),
         ((True,), {}, "ranks(True): world size True, expected a whole number of at least 1."),
         (("2",), {}, "ranks('2'): world size '2', expected a whole number of at least 1."),
+        (
+            (2**20 + 1,),
+            {"fidelity": "fake"},
+            "ranks: world size 1048577, expected at most 1048576; no machine has more.",
+        ),
+        (
+            (),
+            {"dp": 2048, "tp": 1024},
+            "ranks: world size 2097152, expected at most 1048576; no machine has more.",
+        ),
         (([],), {}, "ranks([]): expected at least one world size."),
         (([2, 2],), {}, "ranks([2, 2]): a world size is named twice."),
         (

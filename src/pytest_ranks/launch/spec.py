@@ -7,11 +7,13 @@ import math
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pytest_ranks.errors import BadInputError, did_you_mean, nearest_or_all
 from pytest_ranks.launch.fidelity import ladder
 
 BACKENDS = ("gloo", *ladder.DEVICE_BACKENDS)
+MOST_RANKS = 1 << 20  # pretended ones cost memory too: some hundred bytes each
 DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, expert
 
 
@@ -247,8 +249,8 @@ def _world_sizes(found: object, dimensions: tuple[tuple[str, int], ...]) -> tupl
     if found is None:
         if not dimensions:
             raise BadInputError("ranks(): expected a world size, as ranks(2), or a mesh, as dp=2.")
-        return (product,)
-    if isinstance(found, Sequence) and not isinstance(found, str | bytes):
+        sizes: tuple[Any, ...] = (product,)
+    elif isinstance(found, Sequence) and not isinstance(found, str | bytes):
         sizes = tuple(found)
         if not sizes:
             raise BadInputError("ranks([]): expected at least one world size.")
@@ -260,6 +262,10 @@ def _world_sizes(found: object, dimensions: tuple[tuple[str, int], ...]) -> tupl
         if not _is_count(size):
             raise BadInputError(
                 f"ranks({found!r}): world size {size!r}, expected a whole number of at least 1."
+            )
+        if size > MOST_RANKS:
+            raise BadInputError(
+                f"ranks: world size {size}, expected at most {MOST_RANKS}; no machine has more."
             )
         if dimensions and size != product:
             mesh = ", ".join(f"{name}={value}" for name, value in dimensions)
