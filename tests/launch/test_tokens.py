@@ -54,9 +54,14 @@ def test_who_wants_more_than_is_left_waits_and_says_for_whom(tmp_path):
         "last by: gw0 test_of_1"
     ]
     assert not second.has.is_set()
+    third = Worker(tmp_path, 1, long=0.01, who="gw2")  # has to wait at the gate
+    assert third.complained.wait(SECONDS)
+    assert not third.has.is_set()
     first.end()
     assert second.has.wait(SECONDS)
     second.end()
+    assert third.has.wait(SECONDS)
+    third.end()
 
 
 def test_more_ranks_than_tokens_run_alone(tmp_path):
