@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,8 +231,22 @@ def start_capture(config: pytest.Config) -> tuple[int, ...]:
 
 
 def base_temp(config: pytest.Config) -> Path:
-    """Return the session's base temporary folder (`tmp_path_factory` is only a fixture)."""
-    return Path(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+    """Return the session's base temporary folder (`tmp_path_factory` is only a fixture).
+
+    With `-p no:tmpdir` it is one of our own, which ends with the session.
+    """
+    if (factory := getattr(config, "_tmp_path_factory", None)) is not None:
+        return Path(factory.getbasetemp())
+    return _own_temp(config)
+
+
+@functools.cache
+def _own_temp(config: pytest.Config) -> Path:
+    above = tempfile.mkdtemp(prefix="pytest-ranks-")
+    config.add_cleanup(lambda: shutil.rmtree(above, ignore_errors=True))
+    own = Path(above, "base")  # xdist's workers have what they share above their own
+    own.mkdir()
+    return own
 
 
 def set_base_temp(config: pytest.Config, folder: Path) -> None:
@@ -239,8 +255,8 @@ def set_base_temp(config: pytest.Config, folder: Path) -> None:
     Else each rank would remove `--basetemp`, or take a numbered folder of its own and never
     clean it up.
     """
-    factory = config._tmp_path_factory  # type: ignore[attr-defined]
-    if factory._basetemp != folder:
+    factory = getattr(config, "_tmp_path_factory", None)
+    if factory is not None and factory._basetemp != folder:
         folder.mkdir(parents=True, exist_ok=True)
         factory._basetemp = folder
         if hasattr(factory, "_next_number"):  # 9.1: prefix -> next number, of the old folder

@@ -56,6 +56,7 @@ NO_PLUGINS = [
     f"-pno:{name}"
     for name in ("logging", "junitxml", "cacheprovider", "xdist", "timeout", "cov", "faulthandler")
 ]
+NO_TMP = Counter(passed=3, failed=1)
 DESELECTED = ["--deselect", "test_it.py::test_fails"]
 ROWS = {
     "each": (["-n2", "--dist=each"], Counter(passed=8, failed=2), []),
@@ -75,6 +76,7 @@ ROWS = {
     "without plugins": (NO_PLUGINS, ALL, []),
     "without capture": (["-pno:capture"], ALL, []),
     "without terminal": (["-pno:terminal"], ALL, []),
+    "without tmpdir": (["-pno:tmpdir", "--deselect=test_it.py::test_passes"], NO_TMP, []),
     "live log": (
         ["--log-cli-level=INFO", "-k", "passes"],
         Counter(passed=1),
