@@ -174,6 +174,32 @@ def test_a_report_shows_no_code_of_ours(run_session):
     assert "launch/host.py" not in session.output
 
 
+BREAKPOINTS = """
+import pdb
+import pytest
+
+def stop():
+    breakpoint()
+
+def trace():
+    pdb.set_trace()
+
+@pytest.mark.parametrize("function", [stop, trace])
+def test_it(function, launch):
+    launch(function, world_size=1)
+"""
+
+
+def test_a_breakpoint_in_a_function_is_a_sentence(run_session):
+    session = run_session({"test_it.py": BREAKPOINTS})
+    for name in ("stop", "trace"):
+        assert (
+            "rank 0 of 1 failed: UnavailableError: breakpoint() on rank 0: a function of the "
+            "launch fixture has no terminal; the debugger works in a test with "
+            "@pytest.mark.ranks, run with --ranks-debug=0"
+        ) in session.call(f"test_it[{name}]").text.replace("pytest_ranks.errors.Unav", "Unav")
+
+
 def test_torchrun_leaves_no_folder(launch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(FAIL)

@@ -29,7 +29,7 @@ from pytest_ranks.launch.processes import STACKS_SIGNAL, run_in_batches
 from pytest_ranks.launch.rank_context import context_of, set_current
 from pytest_ranks.launch.seeding import seed_everything
 from pytest_ranks.launch.startline import StartLine
-from pytest_ranks.launch.target import load
+from pytest_ranks.launch.target import load, refuse_debugger
 from pytest_ranks.launch.wire import (
     Finished,
     Leave,
@@ -208,6 +208,7 @@ class Rank:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
         function = load(request)
+        refuse_debugger(request.world.rank)
         arguments, keywords = pickle.loads(request.arguments)
         result = function(*arguments, **keywords)
         try:

@@ -8,8 +8,29 @@ import pickle
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pytest_ranks.errors import UnavailableError
+
 if TYPE_CHECKING:
     from pytest_ranks.launch.wire import RunFunction
+
+NO_DEBUGGER = (
+    "breakpoint() on rank {rank}: a function of the launch fixture has no terminal; the debugger "
+    "works in a test with @pytest.mark.ranks, run with --ranks-debug={rank}"
+)
+
+
+def refuse_debugger(rank: int) -> None:
+    """Have a debugger that would read from this process's empty standard input say so instead."""
+    import pdb
+
+    original = pdb.Pdb.set_trace
+
+    def set_trace(self: pdb.Pdb, *args: Any, **keywords: Any) -> Any:
+        if self.stdin is sys.stdin:  # one over a socket has a terminal of its own
+            raise UnavailableError(NO_DEBUGGER.format(rank=rank))
+        return original(self, *args, **keywords)
+
+    pdb.Pdb.set_trace = set_trace  # type: ignore[assignment]
 
 
 def load(request: RunFunction) -> Any:
