@@ -55,7 +55,7 @@ def test_who_wants_more_than_is_left_waits_and_says_for_whom(tmp_path):
     ]
     assert not second.has.is_set()
     third = Worker(tmp_path, 1, long=0.01, who="gw2")  # has to wait at the gate
-    assert third.complained.wait(SECONDS)
+    assert third.complained.wait(SECONDS / 2)  # before the first one gives up by itself
     assert not third.has.is_set()
     first.end()
     assert second.has.wait(SECONDS)
