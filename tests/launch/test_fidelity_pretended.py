@@ -171,6 +171,11 @@ def test_gather_under_local_tensor(rank):
 
 
 @pytest.mark.ranks(4, fidelity="local_tensor")
+def test_samples_under_local_tensor(rank):
+    torch.utils.data.DistributedSampler(range(8))
+
+
+@pytest.mark.ranks(4, fidelity="local_tensor")
 def test_fsdp2_under_local_tensor(rank):
     from torch.distributed.fsdp import fully_shard
 
@@ -290,6 +295,12 @@ NUMBER = (
             "test_gather_under_local_tensor",
             "fidelity 'local_tensor' cannot show collectives of Python objects: "
             f"{ONE_BODY} or above.",
+        ),
+        (
+            "test_samples_under_local_tensor",
+            "fidelity 'local_tensor' cannot show the samples of a rank (DistributedSampler): one "
+            "body runs for all ranks, which would all see those of rank 0; run the test at "
+            "fidelity 'threads' or above.",
         ),
         (
             "test_fsdp2_under_local_tensor",

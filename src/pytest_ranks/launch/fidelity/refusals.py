@@ -87,6 +87,13 @@ REFUSALS = (
         instead="threads",
     ),
     Refusal(
+        what="the samples of a rank (DistributedSampler)",
+        module="torch.utils.data.distributed",
+        path=("DistributedSampler", "__init__"),
+        why={"local_tensor": "one body runs for all ranks, which would all see those of rank 0"},
+        instead="threads",
+    ),
+    Refusal(
         what="distributed checkpoints",
         module="torch.distributed.checkpoint.utils",
         path=("_DistWrapper", "__init__"),
