@@ -218,7 +218,8 @@ def test_the_terminal_is_closed(start):
     os.close(theirs)
     scene.notes()
     os.close(ours)
-    assert scene.end() == -signal.SIGHUP
+    # 120: what Python ends with where a write failed before the signal came
+    assert scene.end() in (-signal.SIGHUP, 120)
 
 
 def test_a_rank_is_killed(start):

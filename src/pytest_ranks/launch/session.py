@@ -302,6 +302,7 @@ def serve(session: pytest.Session, ends: Ends) -> NoReturn:
     config = session.config
     ends.tell_stacks()
     _compat.stop_capture(config)
+    flush_everything()  # or each rank would hand on its copy of what is left in the buffers
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, fd in enumerate((nothing, ends.log, ends.log)):
         os.dup2(fd, number)
