@@ -126,9 +126,12 @@ def test_a_test_may_ask(place, monkeypatch, where, expected):
 
 def test_nothing_changes_where_it_could_not_be_taken_back(place, monkeypatch):
     folder, run = place
-    (folder / "nsswitch.conf").write_text("passwd: files\n")
+    switch = folder / "nsswitch.conf"
+    before = switch.read_text()
+    switch.write_text("passwd: files\n")
     monkeypatch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
     (folder / "asks.py").write_text(ASKS)
     code, questions, output = run("asks.py", "inside")
+    switch.write_text(before)
     assert code == 0, output
     assert questions
