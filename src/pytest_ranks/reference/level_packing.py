@@ -63,7 +63,7 @@ def pack_by_level(
     if cost is None:
         bound = tokens_in_a_row(longest_first, capacity, world_size)
     else:
-        bound = max(-(-sum(weights) // world_size), max(weights))
+        bound = max(-(-sum(weights) // world_size), *weights)
     return task.improve(found, bound)
 
 
@@ -215,7 +215,9 @@ class Task:
         if self._weights is not self._lengths and list(self._weights) != list(self._lengths):
             return None  # its bins are measured in tokens
         high = max(map(self._weight, bins))
-        low = max(-(-sum(map(self._weight, bins)) // len(bins)), self._weights[order[0]] if order else 0)
+        low = max(
+            -(-sum(map(self._weight, bins)) // len(bins)), self._weights[order[0]] if order else 0
+        )
         best = None
         while low < high:
             middle = (low + high) // 2
