@@ -164,7 +164,9 @@ def compare(chosen: argparse.Namespace, found: dict[str, Packer]) -> tuple[list[
                         else:
                             wrong.setdefault(name, []).append(cell)
                 print(kind, samples, ranks, file=sys.stderr, flush=True)
-    return cells, [f"{name}: {len(texts)} times, such as {texts[0]}" for name, texts in wrong.items()]
+    return cells, [
+        f"{name}: {len(texts)} times, such as {texts[0]}" for name, texts in wrong.items()
+    ]
 
 
 def table(cells: list[Cell]) -> list[str]:
@@ -269,7 +271,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--limit", type=float, default=1.0, help="seconds of one packer on a case")
     parser.add_argument("--json", type=Path, help="file for all numbers")
-    parser.add_argument("--write-docs", action="store_true", help="renew docs/explanation/packing.md")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="renew docs/explanation/packing.md"
+    )
     chosen = parser.parse_args()
     found, missing = packers()
     cells, wrong = compare(chosen, found)
