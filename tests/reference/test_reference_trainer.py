@@ -38,6 +38,7 @@ LAYOUTS = {
     "one forward": {"micro_batch": 4, "gradient_accumulation_steps": 1},
     "packed by step": {"max_tokens_per_rank": 40},
     "packed by step, greedy": {"max_tokens_per_rank": 31, "packer": "greedy"},
+    "packed by step, by level": {"max_tokens_per_rank": 31, "packer": "level"},
     "packed by rows": {"pack_length": 40},
     "recomputed": {"activation_checkpointing": True},
 }

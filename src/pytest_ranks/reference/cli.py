@@ -46,7 +46,7 @@ def train(
     gradient_accumulation_steps: Annotated[int, Option(help="Forwards a step.")] = 1,
     max_tokens_per_rank: Annotated[int | None, Option(help="Pack by step: tokens a rank.")] = None,
     pack_length: Annotated[int | None, Option(help="Pack by rows: tokens a row.")] = None,
-    packer: Annotated[str, Option(help="lpt or greedy.")] = "lpt",
+    packer: Annotated[str, Option(help="level, lpt or greedy.")] = "lpt",
     epochs: Annotated[int | None, Option(help="Passes; 1 unless --max-steps is given.")] = None,
     max_steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
     shuffle: Annotated[bool, Option(help="Another order each epoch.")] = True,

@@ -12,7 +12,7 @@ from pytest_ranks.errors import BadInputError, did_you_mean
 
 CHOICES = {
     "tail": ("partial", "drop", "pad"),
-    "packer": ("lpt", "greedy"),
+    "packer": ("level", "lpt", "greedy"),
     "optimizer": ("adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine"),
     "precision": ("fp32", "bf16"),
@@ -35,7 +35,8 @@ class TrainConfig:
             as the packer finds, each one row of at most this many tokens a rank.
         pack_length: packing by rows: the global batch is packed into rows of at most this many
             tokens, and `micro_batch` such rows go through one forward.
-        packer: "lpt" (even loads, few micro-batches) or "greedy" (keeps the order).
+        packer: "level" (the fewest micro-batches, the least waiting), "lpt" (even loads, few
+            micro-batches) or "greedy" (keeps the order).
         max_steps: stop after this many optimizer steps; epochs follow each other as needed.
         epochs: stop after this many passes over the samples. Exactly one of the two is given.
         shuffle: draw each epoch in its own order, `randperm(seed + epoch)`.

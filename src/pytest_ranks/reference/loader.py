@@ -42,7 +42,7 @@ def data_loader(
         world_size: how many there are.
         seed: of the order.
         shuffle: another order each epoch.
-        packer: "lpt" or "greedy".
+        packer: "level", "lpt" or "greedy".
         pad_id: the token of the row that a rank without a sample runs.
         workers: loading processes.
 
