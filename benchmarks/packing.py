@@ -1,6 +1,6 @@
 """How few micro-batches packers need, how long ranks wait, and how fast they are: ours beside others.
 
-    python benchmarks/packing.py [--samples 1024 16384] [--ranks 1 8 64] [--json FILE] [--write-docs]
+    python benchmarks/packing.py [--samples 1024 16384] [--ranks 1 8 64] [--json FILE] [--picture FILE]
 
 Every packer gets the same lengths; every plan is checked (each sample once, nothing over the limit). A
 row shows micro-batches / the least possible, the busiest ranks' tokens / the least possible (what a synchronous step
@@ -12,9 +12,7 @@ says who the others are; install what should be measured:
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,7 +26,6 @@ from packing_peers import PEERS, MicroBatches, Packer, Refused
 from pytest_ranks.reference.packing import PACKERS
 from pytest_ranks.reference.packing_bounds import lower_bounds
 
-DOCS = Path(__file__).parent.parent / "docs" / "explanation"
 CAPACITIES = (8192, 32768)
 
 
@@ -253,27 +250,13 @@ def picture(found: dict[str, Packer]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def write_docs(lines: list[str], drawn: str, page: Path) -> None:
-    """Put the table between the page's two marks, and the picture beside the page."""
-    text = page.read_text()
-    begin, end = "<!-- measured -->\n", "<!-- end of measured -->"
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
-    said = f"Measured on {datetime.date.today()}, load average {os.getloadavg()[0]:.1f}.\n"
-    body = "\n".join([said, "![loads of eight ranks](packing.svg)", "", *lines, ""])
-    page.write_text(f"{head}{begin}\n{body}\n{end}{tail}")
-    page.with_name("packing.svg").write_text(drawn)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--limit", type=float, default=1.0, help="seconds of one packer on a case")
     parser.add_argument("--json", type=Path, help="file for all numbers")
-    parser.add_argument(
-        "--write-docs", action="store_true", help="renew docs/explanation/packing.md"
-    )
+    parser.add_argument("--picture", type=Path, help="SVG file for the loads of eight ranks")
     chosen = parser.parse_args()
     found, missing = packers()
     cells, wrong = compare(chosen, found)
@@ -285,8 +268,8 @@ def main() -> None:
     print("\n".join([*lines, *ahead]))
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
-    if chosen.write_docs:
-        write_docs(lines, picture(found), DOCS / "packing.md")
+    if chosen.picture:
+        chosen.picture.write_text(picture(found))
 
 
 if __name__ == "__main__":

@@ -151,6 +151,13 @@ def test_overlong_samples_are_dropped_and_named(packer):
     assert plan.report(lengths, CAPACITY).dropped == 251
 
 
+@pytest.mark.parametrize("overlong", ["error", "drop", "own"])
+@pytest.mark.parametrize("bad", [-1, 2.0, "3", None])
+def test_lengths_that_are_no_counts_are_refused_whatever_the_policy(overlong, bad):
+    with pytest.raises(BadInputError, match="sample 1 has length"):
+        pack([200, bad], CAPACITY, 2, overlong="own" if overlong == "error" else overlong)
+
+
 @pytest.mark.parametrize("packer", ["level", "lpt", "greedy"])
 def test_overlong_samples_get_a_rank_of_their_own(packer):
     lengths = [150, 50, 30, 101, 20]

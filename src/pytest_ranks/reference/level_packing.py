@@ -49,7 +49,7 @@ def pack_by_level(
         return []
     import numpy
 
-    weights = list(lengths) if cost is None else [cost(length) for length in lengths]
+    weights = lengths if cost is None else [cost(length) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda index: (-weights[index], index))
     longest_first = numpy.sort(numpy.asarray(lengths, dtype=numpy.int64))[::-1]
     fewest = bins_by_size(longest_first, capacity)
@@ -108,7 +108,7 @@ class Task:
     def improve(self, found: MicroBatches, bound: int) -> MicroBatches:
         """Return the same number of micro-batches, with ranks that wait less where that is possible."""
         best, least = found, self.time(found)
-        ways = (self._even_out, self._level_again)
+        ways = (self._even_out, self._spread_again)
         for way in ways:
             if least <= GOOD_ENOUGH * bound:
                 break
@@ -212,7 +212,7 @@ class Task:
 
         Coffman, Garey and Johnson, An application of bin-packing to multiprocessor scheduling, 1978.
         """
-        if self._weights is not self._lengths and list(self._weights) != list(self._lengths):
+        if self._weights is not self._lengths:
             return None  # its bins are measured in tokens
         high = max(map(self._weight, bins))
         low = max(
@@ -228,7 +228,7 @@ class Task:
                 best, high = found, middle
         return best
 
-    def _level_again(self, micro_batches: MicroBatches) -> MicroBatches | None:
+    def _spread_again(self, micro_batches: MicroBatches) -> MicroBatches | None:
         """Spread by weight alone, cut by load, and even out."""
         count = len(micro_batches)
         bins = self._spread(self._order, [0] * (count * self._world_size))

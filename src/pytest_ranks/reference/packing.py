@@ -80,10 +80,11 @@ class Plan:
         world_size = len(loads[0]) if loads else 1
         busiest = sum(map(max, loads))
         packed = sum(map(sum, loads))
+        dropped = set(self.dropped)
         kept = [
             min(int(length), capacity)
             for index, length in enumerate(lengths)
-            if index not in set(self.dropped)
+            if index not in dropped
         ]
         return Report(
             micro_batches=len(loads),
@@ -109,13 +110,13 @@ def sample_number(index: int) -> str:
 
 
 def checked_lengths(
-    lengths: Sequence[int], capacity: int, *, name: Callable[[int], str] = sample_number
+    lengths: Sequence[int], capacity: int | None, *, name: Callable[[int], str] = sample_number
 ) -> list[int]:
     """Return the lengths as Python integers.
 
     Args:
         lengths: tokens of each sample.
-        capacity: tokens that a rank may take in one micro-batch.
+        capacity: tokens that a rank may take in one micro-batch, None where any length will do.
         name: gives what messages call the sample of an index.
 
     Raises:
@@ -133,7 +134,7 @@ def checked_lengths(
             raise BadInputError(
                 f"{name(index)} has length {length!r}; lengths are whole numbers of at least 0."
             )
-        if tokens > capacity:
+        if capacity is not None and tokens > capacity:
             raise BadInputError(
                 f"{name(index)} has {tokens} tokens, more than the {capacity} that a packed row "
                 "may hold; raise the limit, or shorten or leave out the sample."
@@ -283,8 +284,7 @@ def pack(
             raise BadInputError(f"{name}={number!r}: expected a whole number of at least 1.")
     if cost is not None and packer != "level":
         raise BadInputError(f"cost= is for packer='level'; {packer!r} balances tokens.")
-    bound = capacity if overlong == "error" else max((int(one) for one in lengths), default=0)
-    checked = checked_lengths(lengths, max(bound, capacity))
+    checked = checked_lengths(lengths, capacity if overlong == "error" else None)
     chosen = [
         index for index, length in enumerate(checked) if length <= capacity or overlong == "own"
     ]
