@@ -37,7 +37,6 @@ class RankContext:
     world_size: int
     backend: str
     fidelity: str
-    _dimensions: tuple[tuple[str, int], ...]
     _group: ProcessGroup
     _world: World
     _tell: Callable[[object], None] | None = None
@@ -135,7 +134,6 @@ def context_of(
         world_size=world.world_size,
         backend=world.backend,
         fidelity=world.fidelity,
-        _dimensions=world.mesh,
         _group=group,
         _world=world,
         _tell=tell,

@@ -13,7 +13,7 @@ from pytest_ranks.errors import BadInputError, did_you_mean, nearest_or_all
 from pytest_ranks.launch.fidelity import ladder
 
 BACKENDS = ("gloo", *ladder.DEVICE_BACKENDS)
-MOST_RANKS = 1 << 20  # pretended ones cost memory too: some hundred bytes each
+MOST_RANKS = 1 << 20  # pretended ones cost memory too
 DIMENSIONS = ("dp", "tp", "pp", "cp", "ep")  # data, tensor, pipeline, context, expert
 
 

@@ -45,9 +45,8 @@ class Descriptors:
         """Return what is open beyond what the process began with, with its kind."""
         found: dict[Hashable, int] = {}
         sockets = set(self._kept_sockets)
-        os.close(
-            free := os.open(os.devnull, os.O_RDONLY)
-        )  # the number that the listing will itself be open on
+        # the number that the listing will itself be open on
+        os.close(free := os.open(os.devnull, os.O_RDONLY))
         listed = set(map(int, os.listdir(_FOLDER)))
         self._are_all_there = free not in self._kept and listed >= self._kept
         for number in listed - self._kept:
