@@ -27,12 +27,13 @@ def look_up_in_files() -> bool:
 def looking_up_in_files() -> Generator[None]:
     """Look names up in /etc/hosts alone, inside; unchanged where that could not be taken back."""
     line = _line_of_hosts()
-    is_changed = line is not None and look_up_in_files()
+    if line is None or not look_up_in_files():
+        yield
+        return
     try:
         yield
     finally:
-        if is_changed and line is not None:
-            _configure(line)
+        _configure(line)
 
 
 def _line_of_hosts() -> bytes | None:
