@@ -198,3 +198,35 @@ def test_last_failed_stepwise_and_junit(tmp_path):
     assert "1 failed, 1 passed" in run("--sw")
     again = run("--sw", "--sw-skip")
     assert "1 failed, 3 passed, 1 deselected" in again, again
+
+
+SET_UP = """
+import os
+from pathlib import Path
+import pytest
+
+
+@pytest.fixture
+def noted(rank, request):
+    Path(os.environ["NOTES"], f"{request.node.name}-{rank.index}").write_text(str(os.getpid()))
+
+
+@pytest.mark.ranks(2)
+def test_one(noted):
+    pass
+
+
+@pytest.mark.ranks(2)
+def test_two(noted):
+    pass
+"""
+
+
+def test_ranks_that_only_set_up_serve_the_next_test(run_session, tmp_path):
+    arguments = ("-pno:randomly", "-pno:rerunfailures", "--setup-only")
+    session = run_session({"test_it.py": SET_UP}, *arguments, env={"NOTES": str(tmp_path)})
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(found) == 4, session.output
+    assert [found[f"test_one-{rank}"] for rank in (0, 1)] == [
+        found[f"test_two-{rank}"] for rank in (0, 1)
+    ]
