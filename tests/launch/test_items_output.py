@@ -141,7 +141,8 @@ def much(run_session, tmp_path_factory):
 def test_warnings_about_threads_and_finalizers_name_their_ranks(much):
     session, _, _ = much
     assert session.call("test_beside").outcome == "passed"
-    said = session.output.partition("warnings summary")[2].splitlines()
+    summary = session.output.partition("warnings summary")[2].partition("short test summary")[0]
+    said = summary.splitlines()
     lines = [line for line in said if ".py:" in line and "ExceptionWarning: " in line]
     told = [line.partition("ExceptionWarning: ")[2].partition(" at 0x")[0] for line in lines]
     assert sorted(told) == [
