@@ -2,8 +2,9 @@
 
 Start in `trainer.py`: `Trainer.train` is the run, `Trainer.train_step` the step. The other modules
 hold one subject each, in the order in which a run meets them: `config`, `data`, `sampling`,
-`packing`, `collate`, `batches`, `model`, `parallel`, `optimization`, `loss`, `metrics`,
-`checkpoint`, `export`; `cli` is the command line, `loader` a data loader for other loops.
+`packing`, `collate`, `model`, `parallel`, `optimization`, `loss`, `metrics`, `checkpoint`, `export`;
+the trainer's own steps are in `batches`, `preparation`, `updates` and `saving`. `cli` is the command
+line, `loader` a data loader for other loops.
 """
 
 from __future__ import annotations

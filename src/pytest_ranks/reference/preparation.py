@@ -1,0 +1,93 @@
+"""What happens before the first step: model, optimizer and schedule, in the one order that is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference import checkpoint, optimization, parallel
+from pytest_ranks.reference import model as models
+from pytest_ranks.reference.saving import SavingSteps
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.optim import Optimizer
+
+
+class PreparationSteps(SavingSteps):
+    """The steps of `Trainer` that prepare model, optimizer and schedule; each can be overridden there."""
+
+    wrapped: nn.Module | None
+
+    def setup(self) -> None:
+        """Prepare model, optimizer and schedule in the one order that is right; once."""
+        if self.wrapped is not None:
+            return
+        total_steps = self.total_steps()
+        self.seed()
+        self.masters()
+        self.model.to(self.world.device)
+        if self.config.packed:
+            self.check_isolation()
+        if self.config.activation_checkpointing:
+            self.checkpoint_activations()
+        self.wrapped = self.parallelize()
+        # After sharding: FSDP2 replaces the parameters, and an optimizer on the old ones would
+        # train nothing (https://github.com/pytorch/pytorch/issues/149205).
+        self.optimizer = self.build_optimizer(self.parameter_groups())
+        self.scheduler = optimization.make_scheduler(self.optimizer, self.config, total_steps)
+        if self.config.resume_from is not None:
+            self.load(checkpoint.find_checkpoint(Path(self.config.resume_from)))
+        self.set_train_mode()
+
+    def seed(self) -> None:
+        """Seed each rank's own randomness, once: equal dropout masks on all ranks waste ranks."""
+        torch.manual_seed(self.config.seed + self.world.rank)
+
+    def masters(self) -> None:
+        """Train float32 parameters, also where computation is in bfloat16."""
+        models.float32_masters(self.model)
+
+    def check_isolation(self) -> None:
+        """Refuse to pack for a model whose packed documents would see each other.
+
+        Raises:
+            BadInputError: they would.
+        """
+        if not models.keeps_documents_apart(self.model, self.keywords):
+            raise BadInputError(
+                f"packing: {type(self.model).__name__} does not keep packed documents apart: "
+                "changing one changed another's logits. Train it without max_tokens_per_rank and "
+                "pack_length; models that go by position_ids (Llama, Qwen, GPT-2 and most others) "
+                "can be packed."
+            )
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass, dropout masks included."""
+        parallel.recompute_activations(self.model)
+
+    def mixed_precision(self) -> MixedPrecisionPolicy:
+        """Say what FSDP2 computes in and what it reduces in."""
+        return parallel.precision_policy(self.config.precision)
+
+    def parallelize(self) -> nn.Module:
+        """Wrap or shard the model; return the module to call."""
+        return parallel.parallelize(
+            self.model, self.config.strategy, self.world, self.mixed_precision()
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Decay matrices, not norms and biases."""
+        return optimization.decay_groups(self.model, self.config.weight_decay)
+
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """Build the configured optimizer."""
+        return optimization.make_optimizer(groups, self.config)
+
+    def set_train_mode(self) -> None:
+        """Turn dropout on; also after each evaluation."""
+        self.model.train()

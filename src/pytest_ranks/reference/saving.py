@@ -1,0 +1,63 @@
+"""What outlives a run: checkpoints to go on from, and the finished model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_ranks.reference import checkpoint, export
+from pytest_ranks.reference.batches import BatchSteps
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+
+
+class SavingSteps(BatchSteps):
+    """The steps of `Trainer` that write and read files; each can be overridden there."""
+
+    tokenizer: Any
+    optimizer: Optimizer
+    scheduler: LambdaLR
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be equal for a resumed run to go on exactly as it would have."""
+        names = [
+            *("micro_batch", "gradient_accumulation_steps", "max_tokens_per_rank", "pack_length"),
+            *("packer", "shuffle", "seed", "tail", "optimizer"),
+        ]
+        return {name: getattr(self.config, name) for name in names} | {"samples": len(self.samples)}
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: after the step, with everything that the next one depends on."""
+        progress = {"step": self.steps_taken, "epoch": self.epoch, "cursor": self.cursor}
+        checkpoint.save_checkpoint(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            progress=progress,
+            settings=self.settings(),
+            world=self.world,
+        )
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint: parameters, moments, schedule, randomness, place in data."""
+        progress = checkpoint.load_checkpoint(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            settings=self.settings(),
+            world=self.world,
+        )
+        self.steps_taken = progress["step"]
+        self.epoch = progress["epoch"]
+        self.cursor = progress["cursor"]
+
+    def export(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write the trained model as a folder that `from_pretrained` loads (a collective)."""
+        return export.export_model(
+            self.model, Path(directory), world=self.world, tokenizer=self.tokenizer, dtype=dtype
+        )
