@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# What CPU ranks and GPUs are both put through; a failure there shows its values too.
+pytest.register_assert_rewrite("bodies")
+
 HERE = Path(__file__).parent
 SLOW = (
     "conformance/test_bad_subjects.py",
@@ -26,6 +29,7 @@ SLOW = (
     "reference/test_reference_cli.py",
     "reference/test_reference_ranks.py",
     "subjects",
+    "test_*_on_ranks.py",
 )
 """Tests that start ranks, or build every family of models: seconds each, where others take milliseconds."""
 
