@@ -30,6 +30,7 @@ SLOW = (
     "reference/test_reference_ranks.py",
     "subjects",
     "test_*_on_ranks.py",
+    "test_training_components.py",
 )
 """Tests that start ranks, or build every family of models: seconds each, where others take milliseconds."""
 

@@ -45,6 +45,18 @@ def test_shares(rank, record_property):
     note(record_property, rank)
 
 
+def test_shards_a_model(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    model(torch.ones(1, 4)).sum().backward()
+
+
+def test_after_reduce_scatter(rank, record_property):
+    note(record_property, rank)
+
+
 def test_leaves_a_collective_of_one_rank(rank, record_property):
     note(record_property, rank)
     if rank.index == 0:
@@ -174,6 +186,12 @@ def test_the_group_is_shared_while_it_is_clean(session):
     assert fresh == 0
     assert used > 0
     assert remark(session, "test_first") is None
+
+
+def test_what_gloo_never_calls_complete_leaves_the_group_clean(session):
+    """The reduce-scatter of FSDP's backward pass, whose work says so neither waited for nor not."""
+    assert remark(session, "test_shards_a_model") is None
+    assert noted(session, "test_after_reduce_scatter")[1] > 0
 
 
 @pytest.mark.parametrize(
