@@ -88,7 +88,10 @@ def test_resuming_goes_on_where_the_run_stopped(folder):
         (("none", "data.jsonl"), "error: none has no config.json; expected a folder that save_pre"),
         (("model", "none.jsonl"), "error: none.jsonl cannot be read: No such file or directory."),
         (("model", "torn.jsonl"), "error: torn.jsonl, line 2: not JSON ("),
-        (("model", "large.jsonl"), "error: large.jsonl has the token id 999, the model knows 0 to"),
+        (
+            ("model", "large.jsonl"),
+            "error: large.jsonl, line 1: input_ids[0] is 999, the model knows 0 to 319; use the",
+        ),
         (
             ("model", "masked.jsonl"),
             "error: masked.jsonl has no label to train on: all are -100",

@@ -19,14 +19,14 @@ from typer import Argument, Option
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference.config import TrainConfig
 from pytest_ranks.reference.data import JsonlDataset
-from pytest_ranks.reference.model import align, load_model
+from pytest_ranks.reference.model import align, load_model, load_tokenizer
 from pytest_ranks.reference.parallel import find_device
 from pytest_ranks.reference.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LINE = 'JSONL: {"input_ids": [...], "labels": [...]} a line.'
+LINE = "JSONL: input_ids and labels, text, prompt and completion, or messages."
 STRATEGIES = "single, ddp, fsdp2; auto: fsdp2 under torchrun, else single."
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -87,13 +87,13 @@ def run(given: dict[str, Any]) -> None:
     files = {name: given.pop(name) for name in ("model", "samples", "eval_data")}
     config = make_config(given)
     check_folder(config)
-    samples = JsonlDataset(files["samples"])
-    eval_samples = JsonlDataset(files["eval_data"]) if files["eval_data"] else None
+    samples, eval_samples = load_data(files)
     torch.manual_seed(config.seed)
     model, tokenizer = load_aligned(files["model"])
     for data in (samples, eval_samples):
         if data is not None:
-            check_vocabulary(data, model)
+            data.check_vocabulary(model.get_input_embeddings().weight.shape[0])
+            data.check_positions(getattr(model.config, "max_position_embeddings", None))
     if config.strategy != "single":
         start_process_group(config.device)
     try:
@@ -171,18 +171,13 @@ def load_aligned(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def check_vocabulary(samples: JsonlDataset, model: Any) -> None:
-    """Refuse token ids that the model has no embedding for.
-
-    Raises:
-        BadInputError: there is one.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if samples.largest_id >= rows:
-        raise BadInputError(
-            f"{samples.path} has the token id {samples.largest_id}, the model knows 0 to "
-            f"{rows - 1}; use the tokenizer that the model was made for."
-        )
+def load_data(files: dict[str, Any]) -> tuple[JsonlDataset, JsonlDataset | None]:
+    """Read and check the data before the model is loaded, which takes longer."""
+    tokenizer = load_tokenizer(files["model"])
+    samples = JsonlDataset(files["samples"], tokenizer=tokenizer)
+    if files["eval_data"] is None:
+        return samples, None
+    return samples, JsonlDataset(files["eval_data"], tokenizer=tokenizer)
 
 
 def start_process_group(device: str) -> None:

@@ -1,29 +1,38 @@
-"""Tokenised samples from a JSONL file: one object a line, with `input_ids` and `labels`."""
+"""Samples from a JSONL file that stays on the disk: one object a line, in one of a few formats."""
 
 from __future__ import annotations
 
 import json
 from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference.lines import LineFile
 from pytest_ranks.reference.loss import IGNORED
 from pytest_ranks.reference.packing import checked_lengths, sample_number
+from pytest_ranks.reference.records import (
+    LARGEST_ID,
+    Sample,
+    check_sample,
+    count_targets,
+    format_of,
+    other_format,
+    read_record,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-
-LARGEST_ID = 2**31 - 1
-"""What four bytes hold; no vocabulary comes near."""
-
-
-class Sample(TypedDict):
-    """One document: token ids, and for each the label that it is trained to be (or -100)."""
-
-    input_ids: Sequence[int]
-    labels: Sequence[int]
+__all__ = [
+    "LARGEST_ID",
+    "JsonlDataset",
+    "Sample",
+    "Samples",
+    "check_sample",
+    "count_targets",
+    "measure",
+]
 
 
 class Samples(Protocol):
@@ -43,45 +52,80 @@ class Samples(Protocol):
 
 
 class JsonlDataset:
-    """A JSONL file of tokenised samples, read and checked at once.
+    """A JSONL file of samples: read and checked once, then drawn from where it lies.
 
-    Each line is `{"input_ids": [...], "labels": [...]}`; labels are unshifted (as long as the ids,
-    equal to them where trained) and -100 where nothing is trained; other fields are ignored.
+    Each line is one of
+
+    - `{"input_ids": [...], "labels": [...]}`: labels are unshifted (as long as the ids, equal to
+      them where trained) and -100 where nothing is trained;
+    - `{"text": "..."}`: all of it is trained;
+    - `{"prompt": "...", "completion": "..."}`: the completion is trained;
+    - `{"messages": [{"role": "...", "content": "..."}, ...]}`: all that the assistant says is.
+
+    All lines of a file have one format; other fields are ignored. Text needs a tokenizer and ends with
+    its end-of-text token, which is added where it is not there; the end of a conversation's turn is its
+    chat template's business. What stays in memory is 20 bytes a sample; a draw reads its own line.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, tokenizer: Any = None) -> None:
         """Read the file.
+
+        Args:
+            path: the file.
+            tokenizer: makes ids from text; must go through pickle for loading processes.
 
         Raises:
             BadInputError: the file cannot be read, is empty, trains nothing, or has a line that is
                 no sample; the text names the file and the line.
         """
         self.path = Path(path)
-        self._samples: list[Sample] = []
-        self._line_numbers: list[int] = []
-        for number, line in enumerate(_lines(self.path), start=1):
-            if line.strip():
-                self._samples.append(_parse(line, where=f"{self.path}, line {number}"))
-                self._line_numbers.append(number)
-        if not self._samples:
+        self.data_format = "tokens"
+        """A name of `records.FORMATS`."""
+        self._tokenizer = tokenizer
+        self._file = LineFile(self.path)
+        self._starts = array("q")  # the byte at which a sample's line begins
+        self._line_numbers = array("I")
+        self._lengths = array("I")
+        self._counted = array("I")
+        self._largest_id = 0
+        self._scan()
+        if not self._starts:
             raise BadInputError(
                 f'{self.path} holds no samples; expected one {{"input_ids": [...], '
                 '"labels": [...]} a line.'
             )
-        self.lengths = [len(sample["input_ids"]) for sample in self._samples]
-        self.counted = [count_targets(sample) for sample in self._samples]
-        """For each sample the number of tokens that are trained."""
-        if not any(self.counted):
+        if not any(self._counted):
             raise BadInputError(
                 f"{self.path} has no label to train on: all are {IGNORED}, "
                 "or each sample's first; give labels equal to the ids where they are to be learnt."
             )
 
+    def _scan(self) -> None:
+        for number, start, line in self._file:
+            if not line.strip():
+                continue
+            self._line_numbers.append(number)
+            sample = self._parse(line, where=f"{self.path}, line {number}")
+            self._starts.append(start)
+            self._lengths.append(len(sample["input_ids"]))
+            self._counted.append(count_targets(sample))
+            self._largest_id = max(self._largest_id, *sample["input_ids"], *sample["labels"])
+
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._starts)
 
     def __getitem__(self, index: int, /) -> Sample:
-        return self._samples[index]
+        return self._parse(self._file.line(self._starts[index]), where=self.name(index))
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each sample."""
+        return self._lengths.tolist()
+
+    @property
+    def counted(self) -> list[int]:
+        """For each sample the number of tokens that are trained."""
+        return self._counted.tolist()
 
     def name(self, index: int) -> str:
         """Return what messages call a sample: its file and line."""
@@ -90,46 +134,68 @@ class JsonlDataset:
     @property
     def largest_id(self) -> int:
         """The largest token id in the file; a model needs a larger vocabulary than this."""
-        return max(max(*sample["input_ids"], *sample["labels"]) for sample in self._samples)
+        return self._largest_id
 
+    def check_vocabulary(self, rows: int) -> None:
+        """Refuse token ids that a model has no embedding for.
 
-def count_targets(sample: Sample) -> int:
-    """Count a sample's trained tokens: the first label has no prediction, so it never counts."""
-    return sum(label != IGNORED for label in list(sample["labels"])[1:])
+        Args:
+            rows: of the embedding.
 
+        Raises:
+            BadInputError: there is one; the text names the first line that has one.
+        """
+        if self._largest_id < rows:
+            return
+        for index in range(len(self)):
+            sample = self[index]
+            for field, ids in (("input_ids", sample["input_ids"]), ("labels", sample["labels"])):
+                place = next((place for place, token in enumerate(ids) if token >= rows), None)
+                if place is not None:
+                    raise BadInputError(
+                        f"{self.name(index)}: {field}[{place}] is {ids[place]}, the model knows 0 "
+                        f"to {rows - 1}; use the tokenizer that the model was made for."
+                    )
 
-def check_sample(sample: Any, *, where: str) -> Sample:
-    """Return the sample if it is one.
+    def check_positions(self, limit: int | None) -> None:
+        """Refuse samples that are longer than a model counts positions.
 
-    Args:
-        sample: what was found.
-        where: how messages call it ("data.jsonl, line 3").
+        Args:
+            limit: the most tokens of one document; None where there is no limit.
 
-    Raises:
-        BadInputError: it is no mapping, lacks a field, is empty, or has labels of another length.
-    """
-    if not hasattr(sample, "keys"):
-        raise BadInputError(
-            f"{where}: expected an object with 'input_ids' and 'labels', "
-            f"found {type(sample).__name__}."
-        )
-    for field in ("input_ids", "labels"):
-        if field not in sample:
-            found = ", ".join(repr(str(key)) for key in sample) or "none"
-            raise BadInputError(f"{where}: the field {field!r} is missing; found {found}.")
-        if not hasattr(sample[field], "__len__"):
+        Raises:
+            BadInputError: there is one.
+        """
+        for index, length in enumerate(self._lengths):
+            if limit is not None and length > limit:
+                raise BadInputError(
+                    f"{self.name(index)} has {length} tokens, more than the {limit} positions of "
+                    "the model; shorten or leave out the sample, or raise max_position_embeddings "
+                    "in the model's config.json if it can go further."
+                )
+
+    def _parse(self, line: str, *, where: str) -> Sample:
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
             raise BadInputError(
-                f"{where}: {field!r} is {sample[field]!r}; expected a list of whole numbers."
-            )
-    ids, labels = sample["input_ids"], sample["labels"]
-    if len(ids) == 0:
-        raise BadInputError(f"{where}: 'input_ids' is empty; leave the sample out.")
-    if len(ids) != len(labels):
-        raise BadInputError(
-            f"{where}: {len(ids)} input_ids and {len(labels)} labels; expected as many labels as "
-            "ids (unshifted, -100 where nothing is trained)."
-        )
-    return sample  # type: ignore[no-any-return]
+                f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a "
+                "line."
+            ) from error
+        except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+            raise BadInputError(
+                f"{where}: not JSON that can be read ({error}); expected one object a line."
+            ) from error
+        own = format_of(found)
+        if not self._starts:
+            self.data_format = own
+        try:
+            return read_record(found, self.data_format, tokenizer=self._tokenizer, where=where)
+        except BadInputError as error:
+            if own == self.data_format or not isinstance(found, dict):
+                raise
+            other = other_format(own, self.data_format, self._line_numbers[0])
+            raise BadInputError(f"{error}{other}") from error
 
 
 def measure(samples: Samples, capacity: int) -> list[int]:
@@ -142,46 +208,8 @@ def measure(samples: Samples, capacity: int) -> list[int]:
     Raises:
         BadInputError: a sample is longer than that.
     """
-    lengths = getattr(samples, "lengths", None)
+    lengths: Sequence[int] | None = getattr(samples, "lengths", None)
     if lengths is None:
         lengths = [len(samples[index]["input_ids"]) for index in range(len(samples))]
     name = getattr(samples, "name", sample_number)
     return checked_lengths(lengths, capacity, name=name)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines one by one: the text of a large file need not be in memory."""
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for line in file:
-                yield line.rstrip("\r\n")
-    except OSError as error:
-        raise BadInputError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{path} is not UTF-8 text ({error.reason}).") from error
-
-
-def _parse(line: str, *, where: str) -> Sample:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInputError(
-            f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a line."
-        ) from error
-    sample = check_sample(found, where=where)
-    return {
-        "input_ids": _token_ids(sample["input_ids"], (), where=f"{where}: input_ids"),
-        "labels": _token_ids(sample["labels"], (IGNORED,), where=f"{where}: labels"),
-    }
-
-
-def _token_ids(found: Sequence[Any], also: tuple[int, ...], *, where: str) -> Sequence[int]:
-    """Return the ids as four-byte integers, a tenth of what a list of them takes."""
-    for position, token in enumerate(found):
-        if type(token) is not int or not (0 <= token <= LARGEST_ID or token in also):
-            further = " or -100" if also else ""
-            raise BadInputError(
-                f"{where}[{position}] is {token!r}; expected a token id: a whole number of at "
-                f"least 0{further}."
-            )
-    return array("i", found)

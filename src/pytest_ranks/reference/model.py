@@ -34,7 +34,7 @@ def load_model(directory: str | Path) -> tuple[nn.Module, Any]:
     Raises:
         BadInputError: the folder holds no loadable model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = Path(directory)
     if not (folder / "config.json").is_file():
@@ -45,13 +45,30 @@ def load_model(directory: str | Path) -> tuple[nn.Module, Any]:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         )
-        tokenizer = None
-        if (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInputError(f"{folder} cannot be loaded: {reason}") from error
-    return model, tokenizer
+        raise BadInputError(_cannot_be_loaded(folder, error)) from error
+    return model, load_tokenizer(folder)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """Load the tokenizer that lies beside a model; None if there is none.
+
+    Raises:
+        BadInputError: there is one that cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(directory)
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInputError(_cannot_be_loaded(folder, error)) from error
+
+
+def _cannot_be_loaded(folder: Path, error: Exception) -> str:
+    return f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
 
 
 def align(model: Any, tokenizer: Any) -> list[str]:
