@@ -31,6 +31,7 @@ SLOW = (
     "subjects",
     "test_*_on_ranks.py",
     "test_training_components.py",
+    "test_model_initialization.py",
 )
 """Tests that start ranks, or build every family of models: seconds each, where others take milliseconds."""
 

@@ -38,6 +38,8 @@ def train(
     samples: Annotated[Path, Argument(metavar="DATA", help=LINE)],
     out_dir: Annotated[Path, Option(help="Metrics, checkpoints and the model go here.")],
     eval_data: Annotated[Path | None, Option(help="JSONL to evaluate on.")] = None,
+    resize: Annotated[bool, Option(help="Let the embedding grow to the tokenizer.")] = True,
+    vocabulary_multiple: Annotated[int | None, Option(help="Grow to a multiple of this.")] = None,
     strategy: Annotated[str, Option(help=STRATEGIES)] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, ...")] = "auto",
     precision: Annotated[str, Option(help="fp32 or bf16.")] = "fp32",
@@ -85,11 +87,12 @@ def run(given: dict[str, Any]) -> None:
         BadInputError: a file, a folder or a value cannot be used.
     """
     files = {name: given.pop(name) for name in ("model", "samples", "eval_data")}
+    alignment = {"resize": given.pop("resize"), "multiple_of": given.pop("vocabulary_multiple")}
     config = make_config(given)
     check_folder(config)
     samples, eval_samples = load_data(files)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_aligned(files["model"])
+    model, tokenizer = load_aligned(files["model"], **alignment)
     for data in (samples, eval_samples):
         if data is not None:
             data.check_vocabulary(model.get_input_embeddings().weight.shape[0])
@@ -158,13 +161,17 @@ def check_folder(config: TrainConfig) -> None:
         raise BadInputError(f"--out-dir={folder} cannot be written to by this user.")
 
 
-def load_aligned(folder: Path) -> tuple[Any, Any]:
+def load_aligned(
+    folder: Path, *, resize: bool = True, multiple_of: int | None = None
+) -> tuple[Any, Any]:
     """Load model and tokenizer, and tell what had to change for them to agree."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model, tokenizer = load_model(folder)
-    changes = align(model, tokenizer) if tokenizer is not None else []
+    changes = []
+    if tokenizer is not None:
+        changes = align(model, tokenizer, resize=resize, multiple_of=multiple_of)
     if os.environ.get("RANK", "0") == "0":
         for change in changes:
             typer.echo(f"model: {change}", err=True)

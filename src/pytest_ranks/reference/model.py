@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a folder, made to agree."""
+"""A model and its tokenizer from a folder; what its forward takes, and whether documents stay apart."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference.alignment import align
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
+
+__all__ = [
+    "accepted_keywords",
+    "align",
+    "float32_masters",
+    "keeps_documents_apart",
+    "load_model",
+    "padding_id",
+]
 
 LEAK = 1e-5
 """Relative change of logits that counts as a leak. Seen on tiny models of transformers 5.23: at most
@@ -69,31 +79,6 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 def _cannot_be_loaded(folder: Path, error: Exception) -> str:
     return f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
-
-
-def align(model: Any, tokenizer: Any) -> list[str]:
-    """Make the model fit the tokenizer.
-
-    The embedding grows when the tokenizer has more tokens; old rows keep their values and tied
-    weights stay tied. A tokenizer without a padding token pads with its end-of-text token.
-
-    Returns:
-        What was changed, for the log: nothing about the model changes silently.
-    """
-    changes = []
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer))
-        changes.append(f"embedding grown from {rows} to {len(tokenizer)} rows")
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-        changes.append(f"padding token set to the end-of-text token {tokenizer.eos_token!r}")
-    if model.config.pad_token_id != tokenizer.pad_token_id:
-        changes.append(
-            f"config.pad_token_id {model.config.pad_token_id} -> {tokenizer.pad_token_id}"
-        )
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return changes
 
 
 def padding_id(model: Any, tokenizer: Any) -> int:

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference.blocks import find_blocks as find_blocks
+from pytest_ranks.reference.blocks import find_units, outermost
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,16 +100,6 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated layers that the model's author says must stay whole.
-
-    transformers names their classes in `_no_split_modules`; inner blocks come before outer ones,
-    the order in which `fully_shard` must be applied. A model without blocks is one unit.
-    """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [part for part in reversed(list(model.modules())) if type(part).__name__ in names]
-
-
 def recompute_activations(model: nn.Module) -> int:
     """Let each block forget its activations and compute them again in the backward pass.
 
@@ -116,9 +108,9 @@ def recompute_activations(model: nn.Module) -> int:
     put around `forward`, so that the hooks of FSDP2 stay outside it.
 
     Returns:
-        How many blocks were found.
+        How many blocks were wrapped; none lies inside another.
     """
-    blocks = find_blocks(model)
+    blocks = outermost(find_blocks(model))
     for block in blocks:
         block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=True
@@ -153,12 +145,18 @@ def parallelize(
         return DistributedDataParallel(model, device_ids=ids)
     if strategy == "fsdp2":
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
-        for block in find_blocks(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            if not tensor.is_meta:
+                dist.broadcast(tensor.detach().contiguous(), src=0)
+        shard(model, world, policy)
     return model
+
+
+def shard(model: nn.Module, world: World, policy: MixedPrecisionPolicy) -> None:
+    """Cut the model over the ranks with FSDP2: each block a unit, the rest with the root."""
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
+    for block in find_units(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def gradient_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
