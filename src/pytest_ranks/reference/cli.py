@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LINE = "JSONL: input_ids and labels, text, prompt and completion, or messages."
 STRATEGIES = "single, ddp, fsdp2; auto: fsdp2 under torchrun, else single."
+ORTHOGONAL = "Train this share of each weight's singular directions, orthogonal to the others."
+TARGETS = "Layers that it splits, by name or pattern; again for more; default: all in blocks."
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,6 +46,8 @@ def train(
     device: Annotated[str, Option(help="auto, cpu, cuda, ...")] = "auto",
     precision: Annotated[str, Option(help="fp32 or bf16.")] = "fp32",
     activation_checkpointing: Annotated[bool, Option(help="Recompute activations.")] = False,
+    orthogonal_rank_ratio: Annotated[float | None, Option(help=ORTHOGONAL)] = None,
+    orthogonal_targets: Annotated[list[str] | None, Option(help=TARGETS)] = None,
     micro_batch: Annotated[int, Option(help="Rows a rank and forward.")] = 1,
     gradient_accumulation_steps: Annotated[int, Option(help="Forwards a step.")] = 1,
     max_tokens_per_rank: Annotated[int | None, Option(help="Pack by step: tokens a rank.")] = None,
@@ -133,6 +137,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     if options["epochs"] is None and options["max_steps"] is None:
         options["epochs"] = 1
     options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+    options["orthogonal_targets"] = tuple(options["orthogonal_targets"] or ()) or None
     options["max_grad_norm"] = options["max_grad_norm"] or None
     return TrainConfig(**options)
 

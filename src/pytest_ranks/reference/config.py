@@ -55,6 +55,10 @@ class TrainConfig:
             and optimizer state stay float32).
         strategy: "single" (one process), "ddp" or "fsdp2" (an initialised process group).
         activation_checkpointing: recompute each block's activations in the backward pass.
+        orthogonal_rank_ratio: orthogonal subspace fine-tuning: the share of each weight's singular
+            directions that is trained, 0 to 1; the others are frozen. None: off.
+        orthogonal_targets: the linear layers that it splits, as patterns for their names or the
+            ends of these ("q_proj", "mlp.*"); None: all that are in the model's blocks.
         device: "auto" (the accelerator if there is one, else cpu), or a torch device.
         eval_every: evaluate every so many steps; None: at the end of each epoch.
         checkpoint_every: save every so many steps; None: never.
@@ -83,6 +87,8 @@ class TrainConfig:
     precision: str = "fp32"
     strategy: str = "single"
     activation_checkpointing: bool = False
+    orthogonal_rank_ratio: float | None = None
+    orthogonal_targets: tuple[str, ...] | None = None
     device: str = "auto"
     eval_every: int | None = None
     checkpoint_every: int | None = None
@@ -105,6 +111,7 @@ class TrainConfig:
                 )
         self._check_counts()
         self._check_rates()
+        self._check_orthogonal()
         if (self.max_steps is None) == (self.epochs is None):
             raise BadInputError(
                 f"found max_steps={self.max_steps!r} and epochs={self.epochs!r}; "
@@ -151,6 +158,29 @@ class TrainConfig:
         betas = tuple(self.betas)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise BadInputError(f"betas={self.betas!r} are not two numbers in [0, 1).")
+
+    def _check_orthogonal(self) -> None:
+        ratio: Any = self.orthogonal_rank_ratio
+        number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if ratio is not None and not (number and 0 <= ratio <= 1):
+            raise BadInputError(
+                f"orthogonal_rank_ratio={ratio!r} is not a number from 0 to 1; it is the share of "
+                "each weight's singular directions that is trained."
+            )
+        targets: Any = self.orthogonal_targets
+        if targets is None:
+            return
+        if ratio is None:
+            raise BadInputError(
+                f"orthogonal_targets={targets!r} needs orthogonal_rank_ratio, the share of each "
+                "weight's singular directions that is trained."
+            )
+        listed = isinstance(targets, tuple) and len(targets) > 0
+        if not listed or not all(isinstance(one, str) and one for one in targets):
+            raise BadInputError(
+                f"orthogonal_targets={targets!r} is not a tuple of patterns; expected one or more, "
+                "such as ('q_proj', 'mlp.*')."
+            )
 
     @property
     def packed(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference.checkpoint import full_on_cpu
+from pytest_ranks.reference.orthogonal import plain_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,6 +31,7 @@ def consolidated_state(model: nn.Module, *, dtype: torch.dtype | None = None) ->
     """
     tied = tied_names(model)
     state = {name: full_on_cpu(value) for name, value in model.state_dict().items()}
+    state = plain_state(model, state)
     kept = {name: tensor for name, tensor in state.items() if name not in tied}
     if dtype is None:
         return kept

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.reference import checkpoint, optimization, parallel
+from pytest_ranks.reference import checkpoint, optimization, orthogonal, parallel
 from pytest_ranks.reference import model as models
 from pytest_ranks.reference.saving import SavingSteps
 
@@ -33,6 +33,8 @@ class PreparationSteps(SavingSteps):
         self.model.to(self.world.device)
         if self.config.packed:
             self.check_isolation()
+        if self.config.orthogonal_rank_ratio is not None:
+            self.split_weights()
         if self.config.activation_checkpointing:
             self.checkpoint_activations()
         self.wrapped = self.parallelize()
@@ -65,6 +67,17 @@ class PreparationSteps(SavingSteps):
                 "pack_length; models that go by position_ids (Llama, Qwen, GPT-2 and most others) "
                 "can be packed."
             )
+
+    def split_weights(self) -> None:
+        """Freeze each weight's high subspace; a resumed run finds its factors in the checkpoint."""
+        assert self.config.orthogonal_rank_ratio is not None
+        orthogonal.split_model(
+            self.model,
+            rank_ratio=self.config.orthogonal_rank_ratio,
+            patterns=self.config.orthogonal_targets,
+            world=self.world,
+            decompose=self.config.resume_from is None,
+        )
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, dropout masks included."""

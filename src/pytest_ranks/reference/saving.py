@@ -26,6 +26,7 @@ class SavingSteps(BatchSteps):
         names = [
             *("micro_batch", "gradient_accumulation_steps", "max_tokens_per_rank", "pack_length"),
             *("packer", "shuffle", "seed", "tail", "optimizer"),
+            *("orthogonal_rank_ratio", "orthogonal_targets"),
         ]
         return {name: getattr(self.config, name) for name in names} | {"samples": len(self.samples)}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_ranks.reference import loss, optimization, parallel
+from pytest_ranks.reference import loss, optimization, orthogonal, parallel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,8 +40,10 @@ class UpdateSteps:
                 cross_entropy = self.cross_entropy(self.forward(batch), batch.labels)
                 self.backward(self.scale(cross_entropy, tokens))
             total += cross_entropy.detach()
+        self.project_gradients()
         grad_norm = self.clip()
         self.step()
+        self.project_parameters()
         self.schedule()
         self.zero()
         return {"loss": self.mean_loss(total, tokens), "grad_norm": grad_norm}
@@ -101,6 +103,10 @@ class UpdateSteps:
 
     # ---- the update -------------------------------------------------------------------------
 
+    def project_gradients(self) -> None:
+        """Keep the gradient of split weights out of what they freeze; before it is measured."""
+        orthogonal.project_gradients(self.model)
+
     def clip(self) -> float:
         """Shorten the gradient of all parameters together; return its norm from before."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -112,6 +118,10 @@ class UpdateSteps:
     def step(self) -> None:
         """Update the parameters."""
         self.optimizer.step()
+
+    def project_parameters(self) -> None:
+        """Keep split weights themselves out of what they freeze: no optimizer's update does."""
+        orthogonal.project_parameters(self.model)
 
     def schedule(self) -> None:
         """Move the learning rate on: once an optimizer step, whatever the world size."""
