@@ -21,8 +21,10 @@ from pytest_ranks.reference import TrainConfig, Trainer, mutants
 from pytest_ranks.reference.checkpoint import full_on_cpu
 
 VOCABULARY = 320
-EXACT = {"cpu": 1e-6, "cuda": 2e-5}
-"""How far float32 may be from float64, relative, after a few steps: CUDA adds up in another order."""
+EXACT = {"cpu": 1e-6, "cuda": 1e-4}
+"""How far float32 may be from float64, relative: kernels on CUDA may compute products in parts of TF32.
+On the CPU losses are 1e-7 off, and gradients 2e-7. Three steps are 1e-6 off, and the worst tensor 5e-6, since a
+weight next to 1.0 rounds a step of 0.01 to seven digits less two: updates have ten times this limit."""
 
 
 def uneven_samples(count: int = 8, *, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -156,6 +158,12 @@ def mean_loss(weights: dict[str, torch.Tensor], config: Any, samples: Any) -> fl
         for sample in samples
     ]
     return float(sum(float(loss) for loss, _ in parts) / sum(count for _, count in parts))
+
+
+def gradient_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Return the relative error of all gradients together; one that is missing counts as zero."""
+    zero = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    return oracle.relative_error({**zero, **found}, wanted)
 
 
 def update_error(run: Trained, descent: Descent) -> tuple[float, str, float]:
