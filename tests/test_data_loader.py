@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import re
 import tracemalloc
+from itertools import islice
 
 import pytest
-from typer.testing import CliRunner
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.models import byte_tokenizer
-from pytest_ranks.reference.cli import app
-from pytest_ranks.reference.data import JsonlDataset
+from pytest_ranks.observe.spies import watch
+from pytest_ranks.reference.collate import MaxTokensPerRankCollator, collate
+from pytest_ranks.reference.data import JsonlDataset, count_targets
+from pytest_ranks.reference.loader import data_loader
+from pytest_ranks.reference.loss import counted_targets
+from pytest_ranks.reference.packing import PACKERS
+from pytest_ranks.reference.pretraining import Blocks
+from pytest_ranks.reference.sampling import EpochSampler, InfiniteSampler, epoch_order
 
 EOS = 258
 GOOD = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
@@ -275,209 +287,549 @@ class TestChatTemplates:
         assert str(caught.value) == f"{tmp_path / 'chat.jsonl'}, line 1: {text}"
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny model of 320 tokens and 64 positions, and its tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "model"
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=320, max_position_embeddings=64, **sizes, **heads)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+def numbered(count):
+    """Return samples that are known by their tokens: sample i is i + 2 times the id i."""
+    return [{"input_ids": [i] * (i % 7 + 2), "labels": [i] * (i % 7 + 2)} for i in range(count)]
 
 
-def turns(*given):
-    return {"messages": [{"role": role, "content": text} for role, text in given]}
+def drawn(micro_batches):
+    """Return which of the numbered samples are in a rank's micro-batches, in order."""
+    assert all(batch.input_ids.shape[0] == 1 for batch in micro_batches)
+    starts = [
+        int(token)
+        for batch in micro_batches
+        if batch.samples
+        for token, position in zip(batch.input_ids[0], batch.position_ids[0], strict=True)
+        if position == 0
+    ]
+    assert len(starts) == sum(batch.samples for batch in micro_batches)
+    return starts
 
 
-BAD_LINES = {
-    "broken JSON": (
-        '{"input_ids": [1, 2',
-        "line 2: not JSON (Expecting ',' delimiter, column 20); expected one object a line.",
-    ),
-    "too deep": ("[" * 100_000, "line 2: not JSON that can be read (maximum recursion depth"),
-    "a number too long": (
-        '{"input_ids": [1, ' + "9" * 5000 + '], "labels": [1, 2]}',
-        "line 2: not JSON that can be read (Exceeds the limit (4300 digits)",
-    ),
-    "no object": ("[1]", "line 2: expected an object with 'input_ids' and 'labels', found list."),
-    "wrong type": (
-        {"input_ids": [1, "2"], "labels": [1, 2]},
-        "line 2: input_ids[1] is '2'; expected a token id: a whole number of at least 0.",
-    ),
-    "not a number": (
-        '{"input_ids": [1, NaN], "labels": [1, 2]}',
-        "line 2: input_ids[1] is nan; expected a token id: a whole number of at least 0.",
-    ),
-    "wrong label": (
-        {"input_ids": [1, 2], "labels": [1, -1]},
-        "line 2: labels[1] is -1; expected a token id: a whole number of at least 0 or -100.",
-    ),
-    "missing field": (
-        {"input_ids": [1], "label": [1]},
-        "line 2: the field 'labels' is missing; found 'input_ids', 'label'. Did you mean 'label'?",
-    ),
-    "labels of another length": (
-        {"input_ids": [1, 2], "labels": [1]},
-        "line 2: 2 input_ids and 1 labels; expected as many labels as ids (unshifted, -100 where "
-        "nothing is trained).",
-    ),
-    "outside the vocabulary": (
-        {"input_ids": [1, 2, 320], "labels": [1, 2, 320]},
-        "line 2: input_ids[2] is 320, the model knows 0 to 319; use the tokenizer that the model "
-        "was made for.",
-    ),
-    "a label outside the vocabulary": (
-        {"input_ids": [1, 2], "labels": [1, 999]},
-        "line 2: labels[1] is 999, the model knows 0 to 319; use the tokenizer that the model was "
-        "made for.",
-    ),
-    "longer than the model": (
-        {"input_ids": [1] * 65, "labels": [1] * 65},
-        "line 2 has 65 tokens, more than the 64 positions of the model; shorten or leave out the "
-        "sample, or raise max_position_embeddings in the model's config.json if it can go further.",
-    ),
-    "another format": (
-        {"text": "a"},
-        "line 2: the field 'input_ids' is missing; found 'text'. The file's first sample (line 1) "
-        "has 'input_ids' and 'labels'; a file holds one format.",
-    ),
-}
-BAD_TEXTS = {
-    "no text": ({"text": 3}, "line 1: 'text' is 3; expected text."),
-    "empty text": ({"text": ""}, "line 1: 'text' is empty; leave it out."),
-    "empty completion": (
-        {"prompt": "a", "completion": ""},
-        "line 1: 'completion' is empty; leave it out.",
-    ),
-    "no completion": (
-        {"prompt": "a", "completions": "b"},
-        "line 1: the field 'completion' is missing; found 'prompt', 'completions'. "
-        "Did you mean 'completions'?",
-    ),
-    "no list": ({"messages": "a"}, "line 1: 'messages' is 'a'; expected a list of turns."),
-    "no turn": (
-        {"messages": ["a"]},
-        "line 1: messages[0] is 'a'; expected an object with 'role' and 'content'.",
-    ),
-    "no conversation": (
-        {"messages": []},
-        "line 1: 'messages' has no turn of the role 'assistant': nothing of it would be trained; "
-        "leave the sample out.",
-    ),
-    "unknown role": (
-        turns(("user", "a"), ("asistant", "b")),
-        "line 1: messages[1]: 'role' is 'asistant'; expected one of system, developer, user, "
-        "assistant, tool. Did you mean 'assistant'?",
-    ),
-    "empty turn": (
-        turns(("user", "a"), ("assistant", "")),
-        "line 1: messages[1]: 'content' is empty; leave it out.",
-    ),
-    "a turn of no text": (
-        turns(("user", ["a"]), ("assistant", "b")),
-        "line 1: messages[0]: 'content' is ['a']; expected text.",
-    ),
-}
+class TestEpochTracking:
+    def test_an_epoch_is_a_permutation_of_its_seed_and_number(self):
+        sampler = EpochSampler(50, seed=7)
+        orders = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            orders.append(list(sampler))
+            assert orders[-1] == epoch_order(50, seed=7, epoch=epoch)
+            assert sorted(orders[-1]) == list(range(50))
+        assert len({*map(tuple, orders)}) == 3
+        assert list(EpochSampler(50, seed=8)) != orders[0]
+
+    @given(size=st.integers(1, 40), cuts=st.lists(st.integers(0, 40), max_size=3))
+    def test_interrupted_as_often_as_you_like_an_epoch_draws_each_index_once(self, size, cuts):
+        """A second interruption counts from the epoch's start, not from the first."""
+        found, state = [], EpochSampler(size, seed=1).state_dict()
+        for cut in [*sorted(cuts), size]:
+            sampler = EpochSampler(size, seed=1)
+            sampler.load_state_dict(json.loads(json.dumps(state)))
+            found += islice(sampler, max(0, min(cut, size) - len(found)))
+            state = sampler.state_dict()
+        assert found == list(EpochSampler(size, seed=1))
+
+    def test_after_a_resumed_epoch_the_next_one_is_whole(self):
+        sampler = EpochSampler(10, seed=1)
+        sampler.set_epoch(3)
+        list(islice(sampler, 4))
+        resumed = EpochSampler(10, seed=1)
+        resumed.load_state_dict(sampler.state_dict())
+        resumed.set_epoch(3)  # as a loop over epochs does
+        assert len(list(resumed)) == 6
+        assert len(list(resumed)) == 10
+        resumed.load_state_dict(sampler.state_dict())
+        resumed.set_epoch(4)
+        assert list(resumed) == epoch_order(10, seed=1, epoch=4)
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"seed": 2}, "sampler with seed=1, this one has seed=2; use the same value"),
+            ({"size": 9}, "sampler with size=10, this one has size=9; use the same value"),
+            (
+                {"shuffle": False},
+                "sampler with shuffle=True, this one has shuffle=False; use the same value",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("kind", [EpochSampler, InfiniteSampler])
+    def test_a_state_of_another_order_is_refused(self, kind, change, text):
+        state = kind(10, seed=1).state_dict()
+        with pytest.raises(BadInputError) as caught:
+            kind(**{"size": 10, "seed": 1, **change}).load_state_dict(state)
+        assert f"the state was saved by a {text}, or start anew." in str(caught.value)
+        with pytest.raises(
+            BadInputError, match="no state of a sampler: 'size' is missing; found n"
+        ):
+            kind(10).load_state_dict({})
 
 
-class TestBadInput:
-    """Through the command line: one sentence, exit status 2, and no step."""
+class TestInfiniteSampler:
+    def test_it_never_ends_and_each_cycle_is_a_permutation_of_its_own(self):
+        sampler = InfiniteSampler(5, seed=3)
+        found = list(islice(sampler, 25))
+        cycles = [found[start : start + 5] for start in range(0, 25, 5)]
+        assert cycles == [epoch_order(5, seed=3, epoch=epoch) for epoch in range(5)]
+        assert len({*map(tuple, cycles)}) > 1
+        assert not hasattr(sampler, "__len__")
 
-    @pytest.fixture
-    def refused(self, model_folder, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
+    def test_same_seed_same_order_on_every_rank_and_its_own_for_another(self):
+        def first(seed):
+            return list(islice(InfiniteSampler(20, seed=seed), 40))
 
-        def run(data="data.jsonl", *options, model=model_folder):
-            given = [str(model), data, "--out-dir", "out", "--device", "cpu", *map(str, options)]
-            result = CliRunner().invoke(app, given)
-            assert result.exit_code == 2, result.output
-            assert "Traceback" not in result.output
-            assert not (tmp_path / "out" / "metrics.jsonl").exists()
-            (text,) = [one for one in result.stderr.splitlines() if one.startswith("error: ")]
-            return text.removeprefix("error: ")
+        assert first(1) == first(1) != first(2)
 
-        return run
+    @given(size=st.integers(1, 9), stops=st.lists(st.integers(0, 25), min_size=1, max_size=4))
+    def test_it_goes_on_where_it_stopped_also_after_several_stops(self, size, stops):
+        found, state = [], InfiniteSampler(size, seed=1).state_dict()
+        for stop in stops:
+            sampler = InfiniteSampler(size, seed=1)
+            sampler.load_state_dict(state)
+            found += islice(sampler, stop)
+            state = sampler.state_dict()
+            assert (state["drawn"], sampler.epoch) == (len(found), len(found) // size)
+        assert found == list(islice(InfiniteSampler(size, seed=1), sum(stops)))
 
-    @pytest.mark.parametrize("case", BAD_LINES)
-    def test_a_bad_line_is_named_with_file_line_and_field(self, refused, tmp_path, case):
-        line, text = BAD_LINES[case]
-        write(tmp_path / "data.jsonl", GOOD, line)
-        found = refused()
-        assert found == f"data.jsonl, {text}" or (
-            text[-1] != "." and found.startswith(f"data.jsonl, {text}")
-        )
 
-    @pytest.mark.parametrize("case", BAD_TEXTS)
-    def test_a_bad_text_is_named_with_file_line_and_field(self, refused, tmp_path, case):
-        record, text = BAD_TEXTS[case]
-        write(tmp_path / "data.jsonl", record)
-        assert refused() == f"data.jsonl, {text}"
+class TestMbCollateFn:
+    """One packed row: documents one behind the other."""
 
-    def test_evaluation_data_is_checked_as_strictly(self, refused, tmp_path):
-        write(tmp_path / "data.jsonl", GOOD)
-        write(tmp_path / "eval.jsonl", GOOD, {"input_ids": [320], "labels": [320]})
-        found = refused("data.jsonl", "--eval-data", "eval.jsonl")
-        assert found.startswith("eval.jsonl, line 2: input_ids[0] is 320, the model knows 0 to 319")
+    ROW = (
+        {"input_ids": [5, 6, 7], "labels": [5, 6, 7]},
+        {"input_ids": [8, 9], "labels": [-100, 9]},
+    )
 
-    def test_nothing_but_masked_labels(self, refused, tmp_path):
-        write(tmp_path / "data.jsonl", *[{"input_ids": [5, 6], "labels": [5, -100]}] * 2)
-        assert refused() == (
-            "data.jsonl has no label to train on: all are -100, or each sample's first; give "
-            "labels equal to the ids where they are to be learnt."
-        )
+    def test_samples_are_joined_and_positions_restart(self):
+        batch = collate([self.ROW], pad_id=0, packed=True)
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+        assert batch.attention_mask is None
+        assert batch.samples == 2
 
-    def test_a_sample_longer_than_the_limit(self, refused, tmp_path):
-        write(tmp_path / "data.jsonl", GOOD, "", {"input_ids": [1] * 9, "labels": [1] * 9})
-        for limit in ("--max-tokens-per-rank", "--pack-length"):
-            assert refused("data.jsonl", limit, 8) == (
-                "data.jsonl, line 3 has 9 tokens, more than the 8 that a packed row may hold; "
-                "raise the limit, or shorten or leave out the sample."
-            )
+    def test_no_document_trains_the_end_of_the_one_before(self):
+        row = [*self.ROW, {"input_ids": [3, 4], "labels": [3, 4]}]
+        batch = collate([row], pad_id=0, packed=True)
+        assert batch.labels.tolist() == [[-100, 6, 7, -100, 9, -100, 4]]
+        assert int(counted_targets(batch.labels)) == sum(map(count_targets, row)) == 4
 
-    def test_a_file_without_samples_a_folder_and_no_file(self, refused, tmp_path):
-        for content in ("", "\n \n"):
-            (tmp_path / "data.jsonl").write_text(content)
-            assert refused() == (
-                'data.jsonl holds no samples; expected one {"input_ids": [...], "labels": [...]} '
-                "a line."
-            )
-        (tmp_path / "folder.jsonl").mkdir()
-        assert refused("folder.jsonl") == "folder.jsonl cannot be read: Is a directory."
-        assert refused("none.jsonl") == "none.jsonl cannot be read: No such file or directory."
+    def test_the_row_of_an_idle_rank_counts_for_nothing(self):
+        batch = collate([], pad_id=0, packed=True)
+        assert batch.samples == 0
+        assert int(counted_targets(batch.labels)) == 0
 
-    def test_a_file_that_is_no_text(self, refused, tmp_path):
-        (tmp_path / "data.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
-        assert refused() == "data.jsonl, line 2 is not UTF-8 text (invalid start byte)."
 
-    def test_text_without_a_tokenizer(self, refused, tmp_path, model_folder):
-        (tmp_path / "bare").mkdir()
-        for name in ("config.json", "model.safetensors"):
-            (tmp_path / "bare" / name).symlink_to(model_folder / name)
-        write(tmp_path / "data.jsonl", {"text": "a"})
-        assert refused(model=tmp_path / "bare") == (
-            "data.jsonl, line 1: 'text' needs a tokenizer, and the model folder has none; save one "
-            "there, or give 'input_ids' and 'labels'."
-        )
-
-    def test_a_tokenizer_that_does_not_know_the_text(
-        self, refused, tmp_path, model_folder, monkeypatch
+class TestMaxTokensPerRankCollator:
+    @given(
+        lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+        world_size=st.integers(1, 5),
+        packer=st.sampled_from(sorted(PACKERS)),
+    )
+    def test_returns_minibatches_that_hold_each_sample_once_within_the_limit(
+        self, lengths, world_size, packer
     ):
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
+        samples = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate(lengths)]
+        ranks = [
+            MaxTokensPerRankCollator(
+                40, rank=rank, world_size=world_size, packer=PACKERS[packer], pad_id=99
+            )(samples)
+            for rank in range(world_size)
+        ]
+        assert len({len(own) for own in ranks}) == 1
+        every = [batch for own in ranks for batch in own]
+        assert all(batch.input_ids.shape[1] <= 40 for batch in every)
+        assert sorted(sample for own in ranks for sample in drawn(own)) == [*range(len(samples))]
+        targets = sum(int(counted_targets(batch.labels)) for batch in every)
+        assert {batch.batch_targets for batch in every} == {targets}
+        assert targets == sum(lengths) - len(lengths)
 
-        backend = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2}, unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        (tmp_path / "other").mkdir()
-        for name in ("config.json", "model.safetensors"):
-            (tmp_path / "other" / name).symlink_to(model_folder / name)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-        tokenizer.save_pretrained(tmp_path / "other")
-        write(tmp_path / "data.jsonl", {"text": "one two six"}, {"text": "three four two"})
-        assert refused(model=tmp_path / "other") == (
-            "data.jsonl, line 2: 'text': 2 of 3 tokens are '<unk>', unknown to the tokenizer; use "
-            "the one that the data was made for."
+    def test_long_samples_are_refused_by_default(self):
+        with pytest.raises(BadInputError, match="sample 1 has 9 tokens, more than the 8 that a p"):
+            MaxTokensPerRankCollator(8)([GOOD, {"input_ids": [1] * 9, "labels": [1] * 9}])
+
+    def test_filtered_samples_are_told_and_do_not_count(self):
+        """The count that losses are divided by is of what is trained, not of what was read."""
+        batch = [GOOD, {"input_ids": [1] * 9, "labels": [1] * 9}, GOOD]
+        collator = MaxTokensPerRankCollator(8, overlong="drop")
+        told = "1 of 3 samples of a batch have more than 8 tokens and are left out."
+        with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
+            (found,) = collator(batch)
+        assert (found.samples, found.batch_targets) == (2, 4)
+        assert int(counted_targets(found.labels)) == 4
+
+    def test_where_all_are_filtered_every_rank_still_runs_one_row(self):
+        batch = [{"input_ids": [1] * 9, "labels": [1] * 9}]
+        for rank in range(3):
+            collator = MaxTokensPerRankCollator(8, rank=rank, world_size=3, overlong="drop")
+            with pytest.warns(UserWarning, match="1 of 1 samples of a batch"):
+                (found,) = collator(batch)
+            assert (found.samples, found.batch_targets) == (0, 0)
+
+    def test_a_long_sample_can_have_a_row_of_its_own(self):
+        batch = [{"input_ids": [1] * n, "labels": [1] * n} for n in (9, 3, 3)]
+        found = MaxTokensPerRankCollator(8, overlong="own")(batch)
+        assert sorted(one.input_ids.shape[1] for one in found) == [6, 9]
+        assert {one.batch_targets for one in found} == {12}
+
+    def test_an_unknown_policy_is_refused(self):
+        with pytest.raises(BadInputError) as caught:
+            MaxTokensPerRankCollator(8, overlong="dorp")
+        assert str(caught.value) == (
+            "overlong='dorp': expected one of 'error', 'drop', 'own'. Did you mean 'drop'?"
         )
+
+
+def make_loader(count=23, **more):
+    settings = {"global_batch": 4, "max_tokens_per_rank": 12, "seed": 3, "pad_id": 999}
+    return data_loader(numbered(count), **{**settings, **more})
+
+
+def batches(loader):
+    return [drawn(step) for step in loader]
+
+
+def through_json(state):
+    return json.loads(json.dumps(state))
+
+
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+class TestGetDataLoader:
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+    @pytest.mark.parametrize("count", [1, 7, 8, 9])
+    def test_each_sample_is_loaded_once_and_all_ranks_run_as_often(self, world_size, count):
+        """Also on more ranks than there are samples, and with a short last batch."""
+        loaders = [
+            make_loader(count, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        found, order = [], epoch_order(count, seed=3, epoch=0)
+        for number, steps in enumerate(zip(*loaders, strict=True)):
+            assert len({len(step) for step in steps}) == 1
+            window = [sample for step in steps for sample in drawn(step)]
+            assert sorted(window) == sorted(order[4 * number : 4 * number + 4])
+            found += window
+        assert sorted(found) == list(range(count))
+
+    def test_too_long_a_sample_is_named_before_the_first_batch(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", GOOD, {"input_ids": [1] * 9, "labels": [1] * 9})
+        with pytest.raises(BadInputError, match=r"a\.jsonl, line 2 has 9 tokens, more than the 8"):
+            data_loader(JsonlDataset(path), global_batch=1, max_tokens_per_rank=8)
+
+    @pytest.mark.ranks(2)
+    def test_two_ranks_load_the_two_halves_of_every_global_batch(self, rank, tmp_path):
+        """The same file on both, and not a word between them until the end."""
+        path = write(tmp_path / f"{rank.index}.jsonl", *numbered(10))
+        loader = data_loader(
+            JsonlDataset(path),
+            global_batch=4,
+            max_tokens_per_rank=12,
+            rank=rank.index,
+            world_size=rank.world_size,
+            pad_id=999,
+        )
+        with watch(torch.nn.Linear, rank=rank.index) as seen:
+            own = [(drawn(step), len(step), step[0].batch_targets) for step in loader]
+        assert seen.collectives == []
+        both = [None, None]
+        dist.all_gather_object(both, own)
+        order = epoch_order(10, seed=0, epoch=0)
+        for number, (one, other) in enumerate(zip(*both, strict=True)):
+            assert sorted(one[0] + other[0]) == sorted(order[4 * number : 4 * number + 4])
+            assert one[1:] == other[1:]
+
+
+class TestDataLoaderBatchCount:
+    @pytest.mark.parametrize(("count", "expected"), [(1, 1), (4, 1), (5, 2), (23, 6), (24, 6)])
+    @pytest.mark.parametrize("world_size", [1, 3])
+    def test_an_epoch_has_as_many_batches_as_it_says_on_any_world(
+        self, count, expected, world_size
+    ):
+        loader = make_loader(count, world_size=world_size)
+        assert len(loader) == expected == len(list(loader)) == len(list(loader))
+
+
+class TestResume:
+    @pytest.mark.parametrize("epoch", [0, 2])
+    @pytest.mark.parametrize("stop", range(7))
+    def test_the_rest_of_an_epoch_is_what_was_not_handed_out(self, epoch, stop):
+        whole = make_loader()
+        whole.set_epoch(epoch)
+        expected = batches(whole)
+        loader = make_loader()
+        loader.set_epoch(epoch)
+        before = [drawn(step) for step in islice(loader, stop)]
+        state = through_json(loader.state_dict())
+        resumed = make_loader()
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        resumed.set_epoch(epoch)  # as a loop over epochs does
+        assert before + batches(resumed) == expected
+        assert len(expected) == 6
+        resumed.set_epoch(epoch + 1)
+        whole.set_epoch(epoch + 1)
+        assert batches(resumed) == batches(whole) != expected
+
+    def test_resumed_twice_in_an_epoch(self):
+        expected, found = batches(make_loader()), []
+        state = make_loader().state_dict()
+        for stop in (1, 2, 3):
+            loader = make_loader()
+            loader.load_state_dict(state)
+            found += [drawn(step) for step in islice(loader, stop)]
+            state = loader.state_dict()
+        assert found == expected
+
+    def test_a_state_after_the_end_leaves_nothing_to_repeat(self):
+        loader = make_loader()
+        list(loader)
+        resumed = make_loader()
+        resumed.load_state_dict(loader.state_dict())
+        assert batches(resumed) == []
+        assert len(batches(resumed)) == 6
+        loader.set_epoch(1)
+        assert (loader.state_dict()["epoch"], loader.state_dict()["drawn"]) == (1, 0)
+
+    @forks
+    @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 2)])
+    def test_what_loading_processes_drew_ahead_is_not_lost(self, before, after):
+        """Two processes are four batches ahead; the state speaks of what was handed out."""
+        loader = make_loader(workers=before)
+        steps = iter(loader)
+        found = [drawn(next(steps)) for _ in range(2)]
+        state = loader.state_dict()
+        assert state["drawn"] == 8
+        steps.close()
+        resumed = make_loader(workers=after)
+        resumed.load_state_dict(state)
+        assert found + batches(resumed) == batches(make_loader())
+
+    @forks
+    def test_a_file_read_by_loading_processes(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", *numbered(9))
+
+        def load(workers):
+            dataset = JsonlDataset(path)
+            dataset[0]  # its map is open when the processes are forked
+            return data_loader(
+                dataset, global_batch=2, max_tokens_per_rank=12, workers=workers, pad_id=999
+            )
+
+        assert batches(load(2)) == batches(load(0))
+
+    def test_a_state_is_small_whatever_there_is_to_load(self):
+        assert len(json.dumps(make_loader(5000).state_dict())) < 200
+
+    @pytest.mark.parametrize(
+        ("more", "text"),
+        [
+            ({"count": 22}, "size=23, this one has size=22"),
+            ({"seed": 4}, "seed=3, this one has seed=4"),
+            ({"shuffle": False}, "shuffle=True, this one has shuffle=False"),
+            ({"global_batch": 2}, "global_batch=4, this one has global_batch=2"),
+        ],
+    )
+    def test_a_state_of_another_run_is_refused(self, more, text):
+        with pytest.raises(BadInputError) as caught:
+            make_loader(**more, elastic=True).load_state_dict(make_loader().state_dict())
+        assert str(caught.value) == (
+            f"the state was saved by a loader with {text}; use the same value, or start anew."
+        )
+
+    def test_a_state_of_another_file_is_refused(self, tmp_path):
+        first, second = numbered(4), [*reversed(numbered(4))]
+        loaders = [
+            data_loader(
+                JsonlDataset(write(tmp_path / name, *records)),
+                global_batch=2,
+                max_tokens_per_rank=12,
+            )
+            for name, records in (("a.jsonl", first), ("b.jsonl", second), ("c.jsonl", first))
+        ]
+        state = loaders[0].state_dict()
+        loaders[2].load_state_dict(state)
+        with pytest.raises(
+            BadInputError, match=r"a loader with data='4-[0-9a-f]{8}', this one has"
+        ):
+            loaders[1].load_state_dict(state)
+
+    def test_another_world_size_has_to_be_declared(self):
+        state = make_loader().state_dict()
+        with pytest.raises(BadInputError) as caught:
+            make_loader(world_size=2).load_state_dict(state)
+        assert str(caught.value) == (
+            "the state was saved by a loader for 1 ranks, this one is for 2; give elastic=True if "
+            "the batches that are left may be laid out anew."
+        )
+
+    @forks
+    @pytest.mark.ranks(4)
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_one_rank_then_two_then_four_draw_each_sample_once(self, rank, workers):
+        """Elastic: the run is stopped twice in an epoch and goes on on twice as many ranks."""
+        order = epoch_order(23, seed=3, epoch=1)
+        state, own = None, []
+        for world_size, steps in ((1, 1), (2, 2), (4, 3)):
+            if rank.index < world_size:
+                loader = make_loader(
+                    rank=rank.index, world_size=world_size, workers=workers, elastic=True
+                )
+                loader.set_epoch(1)
+                if state is not None:
+                    loader.load_state_dict(state)
+                own.append([drawn(step) for step in islice(loader, steps)])
+                state = loader.state_dict()
+            states = [None] * rank.world_size
+            dist.all_gather_object(states, state)
+            assert states[:world_size] == [states[0]] * world_size  # equal on all ranks
+            state = states[0]
+        every = [None] * rank.world_size
+        dist.all_gather_object(every, own)
+        stages = [[parts[-stage] for parts in every if len(parts) >= stage] for stage in (3, 2, 1)]
+        windows = [
+            [sample for part in step for sample in part]
+            for stage in stages
+            for step in zip(*stage, strict=True)
+        ]
+        assert [len(stage) for stage in stages] == [1, 2, 4]
+        assert [sorted(window) for window in windows] == [
+            sorted(order[start : start + 4]) for start in range(0, 23, 4)
+        ]
+
+
+documents = st.lists(st.integers(1, 12), min_size=1, max_size=8)
+block = st.integers(2, 9)
+
+
+def stream_of(lengths):
+    """Return documents whose tokens are numbered through."""
+    made, start = [], 0
+    for length in lengths:
+        ids = [*range(start, start + length)]
+        made.append({"input_ids": ids, "labels": ids})
+        start += length
+    return made
+
+
+def targets(sample):
+    return [label for label in sample["labels"][1:] if label != -100]
+
+
+class TestPretrainingBlocks:
+    @given(lengths=documents, length=block)
+    def test_every_token_is_in_one_block_and_every_block_but_the_last_is_full(
+        self, lengths, length
+    ):
+        blocks = Blocks(stream_of(lengths), length)
+        found = [list(blocks[i]["input_ids"]) for i in range(len(blocks))]
+        assert [token for ids in found for token in ids] == [*range(sum(lengths))]
+        assert {len(ids) for ids in found[:-1]} <= {length}
+        assert blocks.lengths == [len(ids) for ids in found]
+        assert len(blocks) == math.ceil(sum(lengths) / length)
+        assert blocks.counted == [len(ids) - 1 for ids in found]
+
+    @given(lengths=documents, length=block)
+    def test_dropped_is_what_no_block_holds(self, lengths, length):
+        total = sum(lengths)
+        if total < length:
+            with pytest.raises(BadInputError, match=f"make no block of {length} with last='drop'"):
+                Blocks(stream_of(lengths), length, last="drop")
+            return
+        blocks = Blocks(stream_of(lengths), length, last="drop")
+        assert blocks.lengths == [length] * (total // length)
+        assert blocks.dropped == total % length
+        assert list(blocks[len(blocks) - 1]["input_ids"])[-1] == total - blocks.dropped - 1
+
+    @given(lengths=documents, length=block)
+    def test_padding_is_not_trained(self, lengths, length):
+        blocks = Blocks(stream_of(lengths), length, last="pad", pad_id=7777)
+        assert blocks.lengths == [length] * math.ceil(sum(lengths) / length)
+        tokens = [token for i in range(len(blocks)) for token in blocks[i]["input_ids"]]
+        missing = -sum(lengths) % length
+        assert tokens == [*range(sum(lengths)), *[7777] * missing]
+        last = list(blocks[len(blocks) - 1]["labels"])
+        assert last[length - missing :] == [-100] * missing
+        assert sum(blocks.counted) == sum(lengths) - len(blocks)
+
+    @given(lengths=documents, length=block)
+    def test_with_an_overlap_every_token_but_the_first_is_trained_once(self, lengths, length):
+        blocks = Blocks(stream_of(lengths), length, overlap=1)
+        trained_tokens = [token for i in range(len(blocks)) for token in targets(blocks[i])]
+        assert trained_tokens == [*range(1, sum(lengths))]
+        assert all(n <= length for n in blocks.lengths)
+
+    @given(lengths=documents, length=block)
+    def test_isolated_documents_share_no_block_and_none_is_lost(self, lengths, length):
+        blocks = Blocks(stream_of(lengths), length, isolated=True)
+        owner = [number for number, size in enumerate(lengths) for _ in range(size)]
+        found = [list(blocks[i]["input_ids"]) for i in range(len(blocks))]
+        assert [token for ids in found for token in ids] == [*range(sum(lengths))]
+        assert all(len({owner[token] for token in ids}) == 1 for ids in found)
+        assert len(blocks) == sum(math.ceil(size / length) for size in lengths)
+
+    @pytest.mark.parametrize("last", ["partial", "drop"])
+    @pytest.mark.parametrize("isolated", [False, True])
+    @pytest.mark.parametrize("overlap", [0, 1])
+    @given(lengths=documents, length=block)
+    def test_blocks_hold_and_drop_all_tokens_together(
+        self, last, isolated, overlap, lengths, length
+    ):
+        try:
+            blocks = Blocks(
+                stream_of(lengths), length, last=last, isolated=isolated, overlap=overlap
+            )
+        except BadInputError:
+            assert last == "drop"
+            assert max(lengths if isolated else [sum(lengths)]) < length
+            return
+        held = {token for i in range(len(blocks)) for token in blocks[i]["input_ids"]}
+        assert len(held) + blocks.dropped == sum(lengths)
+
+    def test_documents_keep_their_own_labels_and_are_read_only_where_needed(self, tmp_path):
+        records = [
+            GOOD,
+            {"input_ids": [4, 5], "labels": [4, -100]},
+            {"input_ids": [6], "labels": [6]},
+        ]
+        read = []
+
+        class Watched(JsonlDataset):
+            def __getitem__(self, index):
+                read.append(index)
+                return super().__getitem__(index)
+
+        blocks = Blocks(Watched(write(tmp_path / "a.jsonl", *records)), 4)
+        assert read == []
+        assert {k: list(v) for k, v in blocks[1].items()} == {
+            "input_ids": [5, 6],
+            "labels": [-100, 6],
+        }
+        assert read == [1, 2]
+        assert list(blocks[0]["labels"]) == [-100, 2, 3, 4]
+        path = tmp_path / "a.jsonl"
+        assert blocks.name(0) == f"block 0 ({path}, line 1 to {path}, line 2)"
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (
+                {"length": 1},
+                "length=1: expected a whole number of at least 2; a block's first token is not "
+                "trained.",
+            ),
+            (
+                {"last": "patial"},
+                "last='patial': expected one of 'partial', 'drop', 'pad'. Did you mean 'partial'?",
+            ),
+            ({"overlap": 2}, "overlap=2: expected 0 or 1."),
+            (
+                {"last": "drop", "length": 9},
+                "3 tokens in 1 documents make no block of 9 with last='drop'; give more documents, "
+                "shorter blocks or last='partial'.",
+            ),
+        ],
+    )
+    def test_what_cannot_be_cut_is_said(self, arguments, text):
+        with pytest.raises(BadInputError) as caught:
+            Blocks([GOOD], **{"length": 2, **arguments})
+        assert str(caught.value) == text

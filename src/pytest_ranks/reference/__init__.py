@@ -2,9 +2,10 @@
 
 Start in `trainer.py`: `Trainer.train` is the run, `Trainer.train_step` the step. The other modules
 hold one subject each, in the order in which a run meets them: `config`, `data` (with `lines`,
-`records` and `chat`), `sampling`, `packing`, `collate`, `model`, `parallel`, `optimization`, `loss`,
-`metrics`, `checkpoint`, `export`; the trainer's own steps are in `batches`, `preparation`, `updates`
-and `saving`. `cli` is the command line, `loader` a data loader for other loops.
+`records`, `chat` and `pretraining`), `sampling`, `packing`, `collate`, `model`, `parallel`,
+`optimization`, `loss`, `metrics`, `checkpoint`, `export`; the trainer's own steps are in `batches`,
+`preparation`, `updates` and `saving`. `cli` is the command line, `loader` a data loader for other
+loops.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from pytest_ranks.reference.config import TrainConfig
 from pytest_ranks.reference.data import JsonlDataset
 from pytest_ranks.reference.model import align, load_model, load_tokenizer
 from pytest_ranks.reference.parallel import find_device
+from pytest_ranks.reference.pretraining import Blocks
 from pytest_ranks.reference.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def train(
     gradient_accumulation_steps: Annotated[int, Option(help="Forwards a step.")] = 1,
     max_tokens_per_rank: Annotated[int | None, Option(help="Pack by step: tokens a rank.")] = None,
     pack_length: Annotated[int | None, Option(help="Pack by rows: tokens a row.")] = None,
+    block_length: Annotated[int | None, Option(help="Pretraining: cut blocks of tokens.")] = None,
     packer: Annotated[str, Option(help="level, lpt or greedy.")] = "lpt",
     epochs: Annotated[int | None, Option(help="Passes; 1 unless --max-steps is given.")] = None,
     max_steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
@@ -90,17 +92,14 @@ def run(given: dict[str, Any]) -> None:
     Raises:
         BadInputError: a file, a folder or a value cannot be used.
     """
-    files = {name: given.pop(name) for name in ("model", "samples", "eval_data")}
+    files = {name: given.pop(name) for name in ("model", "samples", "eval_data", "block_length")}
     alignment = {"resize": given.pop("resize"), "multiple_of": given.pop("vocabulary_multiple")}
     config = make_config(given)
     check_folder(config)
     samples, eval_samples = load_data(files)
     torch.manual_seed(config.seed)
     model, tokenizer = load_aligned(files["model"], **alignment)
-    for data in (samples, eval_samples):
-        if data is not None:
-            data.check_vocabulary(model.get_input_embeddings().weight.shape[0])
-            data.check_positions(getattr(model.config, "max_position_embeddings", None))
+    checked = [fit_to(model, data, files["block_length"]) for data in (samples, eval_samples)]
     if config.strategy != "single":
         start_process_group(config.device)
     try:
@@ -108,9 +107,9 @@ def run(given: dict[str, Any]) -> None:
             Trainer(
                 config,
                 model=model,
-                samples=samples,
+                samples=checked[0],
                 tokenizer=tokenizer,
-                eval_samples=eval_samples,
+                eval_samples=checked[1],
             )
         )
     finally:
@@ -190,6 +189,26 @@ def load_data(files: dict[str, Any]) -> tuple[JsonlDataset, JsonlDataset | None]
     if files["eval_data"] is None:
         return samples, None
     return samples, JsonlDataset(files["eval_data"], tokenizer=tokenizer)
+
+
+def fit_to(model: Any, samples: JsonlDataset | None, block_length: int | None) -> Any:
+    """Return what to train on: the samples, or blocks of them.
+
+    Raises:
+        BadInputError: the model has no embedding for a token, or no position.
+    """
+    if samples is None:
+        return None
+    samples.check_vocabulary(model.get_input_embeddings().weight.shape[0])
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if block_length is None:
+        samples.check_positions(positions)
+        return samples
+    if positions is not None and block_length > positions:
+        raise BadInputError(
+            f"--block-length={block_length} is more than the {positions} positions of the model."
+        )
+    return Blocks(samples, block_length)
 
 
 def start_process_group(device: str) -> None:

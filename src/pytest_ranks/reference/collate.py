@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from pytest_ranks.reference.data import check_sample
+from pytest_ranks.errors import BadInputError, did_you_mean
+from pytest_ranks.reference.data import check_sample, count_targets
 from pytest_ranks.reference.loss import IGNORED
-from pytest_ranks.reference.packing import pack_lpt
+from pytest_ranks.reference.packing import OVERLONG, pack_lpt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +36,8 @@ class MicroBatch:
         position_ids: int64 [B, T], restarting at 0 with each document.
         attention_mask: int64 [B, T], 1 on tokens and 0 on padding; None for packed rows.
         samples: documents in it; 0 for the row that a rank without a sample runs.
+        batch_targets: trained tokens of the whole global batch, on all ranks: what the sum of its
+            losses is divided by. None where who made it does not know; the trainer counts itself.
     """
 
     input_ids: Tensor
@@ -41,6 +45,7 @@ class MicroBatch:
     position_ids: Tensor
     attention_mask: Tensor | None
     samples: int
+    batch_targets: int | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy whose tensors are on the device."""
@@ -51,6 +56,7 @@ class MicroBatch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             attention_mask=None if mask is None else mask.to(device, non_blocking=True),
             samples=self.samples,
+            batch_targets=self.batch_targets,
         )
 
 
@@ -144,7 +150,8 @@ class MaxTokensPerRankCollator:
     """A `collate_fn` for `torch.utils.data.DataLoader`: a global batch in, micro-batches out.
 
     Every rank loads the same global batch, packs it in the same way and keeps its own part, so all
-    ranks get the same number of micro-batches without a word between them.
+    ranks get the same number of micro-batches without a word between them. Each micro-batch knows how
+    many tokens of the whole global batch are trained.
     """
 
     def __init__(
@@ -155,28 +162,70 @@ class MaxTokensPerRankCollator:
         world_size: int = 1,
         pad_id: int = 0,
         packer: Packer = pack_lpt,
+        overlong: str = "error",
     ) -> None:
+        """Say how to pack.
+
+        Args:
+            max_tokens_per_rank: tokens of one rank in one micro-batch.
+            rank: whose part to keep.
+            world_size: how many ranks there are.
+            pad_id: the token of the row that a rank without a sample runs.
+            packer: who makes the plan.
+            overlong: a longer sample is an "error", is left out with a warning ("drop"), or gets its
+                "own" micro-batch, above the limit.
+
+        Raises:
+            BadInputError: there is no such policy.
+        """
+        if overlong not in OVERLONG:
+            raise BadInputError(
+                f"overlong={overlong!r}: expected one of {', '.join(map(repr, OVERLONG))}."
+                f"{did_you_mean(str(overlong), OVERLONG)}"
+            )
         self.max_tokens_per_rank = max_tokens_per_rank
         self.rank = rank
         self.world_size = world_size
         self.pad_id = pad_id
         self.packer = packer
+        self.overlong = overlong
 
     def __call__(self, batch: Sequence[Sample]) -> list[MicroBatch]:
         """Pack a global batch.
 
+        Returns:
+            This rank's micro-batches, as many as each rank has; one without targets where all
+            samples were left out, so that no rank waits for another.
+
         Raises:
-            BadInputError: a sample is none, or is longer than `max_tokens_per_rank`.
+            BadInputError: a sample is none, or is too long and that is an error.
         """
         for index, sample in enumerate(batch):
             check_sample(sample, where=f"sample {index} of the batch")
-        lengths = [len(sample["input_ids"]) for sample in batch]
-        plan = self.packer(lengths, self.max_tokens_per_rank, self.world_size)
+        kept = self.keep(batch)
+        limit = self.max_tokens_per_rank
+        lengths = [len(sample["input_ids"]) for sample in kept]
+        if self.overlong == "own":
+            lengths = [min(length, limit) for length in lengths]
+        plan = self.packer(lengths, limit, self.world_size)
+        targets = sum(map(count_targets, kept))
         return [
-            collate(
-                [[batch[index] for index in indices]] if indices else [],
-                pad_id=self.pad_id,
-                packed=True,
-            )
-            for indices in plan.for_rank(self.rank)
+            replace(self._row([kept[index] for index in indices]), batch_targets=targets)
+            for indices in plan.for_rank(self.rank) or [()]
         ]
+
+    def keep(self, batch: Sequence[Sample]) -> Sequence[Sample]:
+        """Leave out what is too long, if that is asked for, and say so."""
+        if self.overlong != "drop":
+            return batch
+        kept = [one for one in batch if len(one["input_ids"]) <= self.max_tokens_per_rank]
+        if len(kept) < len(batch):
+            warnings.warn(
+                f"{len(batch) - len(kept)} of {len(batch)} samples of a batch have more than "
+                f"{self.max_tokens_per_rank} tokens and are left out.",
+                stacklevel=2,
+            )
+        return kept
+
+    def _row(self, documents: Row) -> MicroBatch:
+        return collate([documents] if documents else [], pad_id=self.pad_id, packed=True)

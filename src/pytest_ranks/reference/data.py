@@ -136,6 +136,11 @@ class JsonlDataset:
         """The largest token id in the file; a model needs a larger vocabulary than this."""
         return self._largest_id
 
+    @property
+    def fingerprint(self) -> str:
+        """What a run that resumes must find again: another for a file with other bytes."""
+        return f"{len(self)}-{self._file.checksum:08x}"
+
     def check_vocabulary(self, rows: int) -> None:
         """Refuse token ids that a model has no embedding for.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import zlib
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import BadInputError
@@ -29,6 +30,8 @@ class LineFile:
         self._place = path.absolute()
         self._map: mmap.mmap | None = None
         self._stamp = self._look()
+        self.checksum = 0
+        """Of all lines that were read from the start (CRC-32)."""
 
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
         """Yield each line's number, its first byte and its text, without its end.
@@ -36,12 +39,13 @@ class LineFile:
         Raises:
             BadInputError: the file cannot be read, or a line is not UTF-8.
         """
-        start = 0
+        start = self.checksum = 0
         try:
             with self._place.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     yield number, start, self._decode(line, f", line {number}")
                     start += len(line)
+                    self.checksum = zlib.crc32(line, self.checksum)
         except OSError as error:
             raise BadInputError(f"{self.path} cannot be read: {error.strerror}.") from error
 

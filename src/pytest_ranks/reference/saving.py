@@ -28,7 +28,8 @@ class SavingSteps(BatchSteps):
             *("packer", "shuffle", "seed", "tail", "optimizer"),
             *("orthogonal_rank_ratio", "orthogonal_targets"),
         ]
-        return {name: getattr(self.config, name) for name in names} | {"samples": len(self.samples)}
+        data = {"samples": len(self.samples), "data": getattr(self.samples, "fingerprint", None)}
+        return {name: getattr(self.config, name) for name in names} | data
 
     def save(self, path: Path) -> None:
         """Write a checkpoint: after the step, with everything that the next one depends on."""
