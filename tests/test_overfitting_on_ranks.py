@@ -46,8 +46,8 @@ class TestBatchOverfitting:
         pipeline_overfits(rank.device, tmp_path)
 
     @pytest.mark.ranks(2)
-    def test_pipeline_on_two_ranks(self, rank):
-        pipeline_overfits(rank.device, rank.shared_tmp_path, strategy="fsdp2")
+    def test_pipeline_on_two_ranks(self, rank, tmp_path):
+        pipeline_overfits(rank.device, tmp_path, strategy="fsdp2")
 
 
 class TestPlantedBugs:

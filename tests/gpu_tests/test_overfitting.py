@@ -45,5 +45,5 @@ class TestOverfittingOnTwoGPUs:
     def test_loss_scaling_with_world_size(self, rank, strategy):
         scales_with_the_world(rank, strategy=strategy)
 
-    def test_pipeline_with_small_batch(self, rank):
-        pipeline_overfits(rank.device, rank.shared_tmp_path, strategy="fsdp2")
+    def test_pipeline_with_small_batch(self, rank, tmp_path):
+        pipeline_overfits(rank.device, tmp_path, strategy="fsdp2")
