@@ -60,10 +60,11 @@ def plain_step(model, samples):
     return dict(model.named_parameters())
 
 
-def trainer_of(model, *, samples=SAMPLES, **fields):
+def trainer_of(model, *, samples=SAMPLES, weights=None, **fields):
     base = {"optimizer": "sgd", "lr": LR, "max_steps": 1, "max_grad_norm": None, "device": "cpu"}
     base |= {"micro_batch": 2, "strategy": "fsdp2", "shuffle": False}
-    return Trainer(TrainConfig(**(base | fields)), model=model, samples=samples)
+    config = TrainConfig(**(base | fields))
+    return Trainer(config, model=model, samples=samples, weights=weights)
 
 
 def whole(model):
@@ -315,6 +316,39 @@ class TestSetupTrainingComponents:
         )
         rates = [record["lr"] for record in trainer.train()]
         assert rates == pytest.approx([0, LR / 2, LR, LR * 3 / 4, LR / 2, LR / 4])
+
+
+class TestMetaInitialization:
+    """Ranks that never hold the model end with the bits that they would have had."""
+
+    @pytest.mark.ranks(2)
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+    @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+    def test_every_tensor_on_every_rank(self, rank, tiny_model, tmp_path, family):
+        from pytest_ranks.reference.model import load_model
+
+        folders = [str(tmp_path)]
+        torch.distributed.broadcast_object_list(folders)
+        if rank.index == 0:
+            tiny_model(family).save(folders[0])
+        torch.distributed.barrier()
+        results = {}
+        for way in ("full", "broadcast", "sharded"):
+            empty = way == "sharded" or (way == "broadcast" and rank.index > 0)
+            model, _ = load_model(folders[0], empty=empty)
+            weights = folders[0] if way == "sharded" else None
+            model = without_dropout(model)
+            trainer = trainer_of(model, weights=weights, initialization=way)
+            trainer.setup()
+            named = [*model.named_parameters(), *model.named_buffers()]
+            start = {name: full_on_cpu(tensor.detach()).clone() for name, tensor in named}
+            trainer.train()
+            results[way] = (start, whole(model))
+        for way in ("broadcast", "sharded"):
+            for wanted, found in zip(results["full"], results[way], strict=True):
+                assert wanted.keys() == found.keys()
+                assert all(torch.equal(found[name], wanted[name]) for name in wanted), way
+        assert any("inv_freq" in name for name in results["full"][0]) is (family == "llama")
 
 
 class TestIntegration:

@@ -31,6 +31,7 @@ LINE = "JSONL: input_ids and labels, text, prompt and completion, or messages."
 STRATEGIES = "single, ddp, fsdp2; auto: fsdp2 under torchrun, else single."
 ORTHOGONAL = "Train this share of each weight's singular directions, orthogonal to the others."
 TARGETS = "Layers that it splits, by name or pattern; again for more; default: all in blocks."
+SOURCES = "FSDP2: full (all ranks load), broadcast (rank 0 loads) or sharded (each its rows)."
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,6 +47,7 @@ def train(
     strategy: Annotated[str, Option(help=STRATEGIES)] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, ...")] = "auto",
     precision: Annotated[str, Option(help="fp32 or bf16.")] = "fp32",
+    initialization: Annotated[str, Option(help=SOURCES)] = "full",
     activation_checkpointing: Annotated[bool, Option(help="Recompute activations.")] = False,
     orthogonal_rank_ratio: Annotated[float | None, Option(help=ORTHOGONAL)] = None,
     orthogonal_targets: Annotated[list[str] | None, Option(help=TARGETS)] = None,
@@ -98,7 +100,8 @@ def run(given: dict[str, Any]) -> None:
     check_folder(config)
     samples, eval_samples = load_data(files)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_aligned(files["model"], **alignment)
+    empty = is_left_empty(config)
+    model, tokenizer = load_aligned(files["model"], empty=empty, **alignment)
     checked = [fit_to(model, data, files["block_length"]) for data in (samples, eval_samples)]
     if config.strategy != "single":
         start_process_group(config.device)
@@ -110,6 +113,7 @@ def run(given: dict[str, Any]) -> None:
                 samples=checked[0],
                 tokenizer=tokenizer,
                 eval_samples=checked[1],
+                weights=files["model"] if config.initialization == "sharded" else None,
             )
         )
     finally:
@@ -165,14 +169,22 @@ def check_folder(config: TrainConfig) -> None:
         raise BadInputError(f"--out-dir={folder} cannot be written to by this user.")
 
 
+def is_left_empty(config: TrainConfig) -> bool:
+    """Whether this process's model gets its values when it is sharded."""
+    first = os.environ.get("RANK", "0") == "0"
+    return config.initialization == "sharded" or (
+        config.initialization == "broadcast" and not first
+    )
+
+
 def load_aligned(
-    folder: Path, *, resize: bool = True, multiple_of: int | None = None
+    folder: Path, *, empty: bool = False, resize: bool = True, multiple_of: int | None = None
 ) -> tuple[Any, Any]:
     """Load model and tokenizer, and tell what had to change for them to agree."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, empty=empty)
     changes = []
     if tokenizer is not None:
         changes = align(model, tokenizer, resize=resize, multiple_of=multiple_of)

@@ -17,6 +17,7 @@ CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "precision": ("fp32", "bf16"),
     "strategy": ("single", "ddp", "fsdp2"),
+    "initialization": ("full", "broadcast", "sharded"),
 }
 """The fields that take one of a few names."""
 
@@ -54,6 +55,9 @@ class TrainConfig:
         precision: "fp32", or "bf16" (compute in bfloat16; parameters, gradients that are reduced
             and optimizer state stay float32).
         strategy: "single" (one process), "ddp" or "fsdp2" (an initialised process group).
+        initialization: under FSDP2, where parameters come from: "full" (every rank has the model),
+            "broadcast" (rank 0 has it and sends each rank its rows) or "sharded" (each rank reads
+            its rows from the model's files).
         activation_checkpointing: recompute each block's activations in the backward pass.
         orthogonal_rank_ratio: orthogonal subspace fine-tuning: the share of each weight's singular
             directions that is trained, 0 to 1; the others are frozen. None: off.
@@ -86,6 +90,7 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     precision: str = "fp32"
     strategy: str = "single"
+    initialization: str = "full"
     activation_checkpointing: bool = False
     orthogonal_rank_ratio: float | None = None
     orthogonal_targets: tuple[str, ...] | None = None
@@ -122,6 +127,16 @@ class TrainConfig:
                 f"found max_tokens_per_rank={self.max_tokens_per_rank!r} and "
                 f"pack_length={self.pack_length!r}; give one of them: a batch is packed by step or "
                 "by rows, not both."
+            )
+        if self.initialization != "full" and self.strategy != "fsdp2":
+            raise BadInputError(
+                f"initialization={self.initialization!r} needs strategy='fsdp2', found "
+                f"strategy={self.strategy!r}: elsewhere every rank holds the whole model."
+            )
+        if self.initialization != "full" and self.orthogonal_rank_ratio is not None:
+            raise BadInputError(
+                f"initialization={self.initialization!r} gives parameters their values after they "
+                "are cut, and orthogonal_rank_ratio splits whole ones; use initialization='full'."
             )
         if self.checkpoint_every is not None and self.out_dir is None:
             raise BadInputError(

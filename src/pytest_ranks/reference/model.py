@@ -11,6 +11,7 @@ import torch
 
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference.alignment import align
+from pytest_ranks.reference.initialization import empty_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,11 +33,12 @@ LEAK = 1e-5
 3e-7 without one (mixtures of experts add up in another order), at least 3e-3 with one (Bloom)."""
 
 
-def load_model(directory: str | Path) -> tuple[nn.Module, Any]:
+def load_model(directory: str | Path, *, empty: bool = False) -> tuple[nn.Module, Any]:
     """Load model and tokenizer; parameters are float32 whatever the files hold.
 
     Args:
         directory: what `save_pretrained` wrote; nothing is downloaded.
+        empty: read no parameters; they are shapes on the meta device, to be filled when sharded.
 
     Returns:
         The model, and the tokenizer or None if the folder has none.
@@ -52,9 +54,12 @@ def load_model(directory: str | Path) -> tuple[nn.Module, Any]:
             f"{folder} has no config.json; expected a folder that save_pretrained wrote."
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        )
+        if empty:
+            model = empty_model(folder)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
     except (OSError, ValueError, KeyError) as error:
         raise BadInputError(_cannot_be_loaded(folder, error)) from error
     return model, load_tokenizer(folder)

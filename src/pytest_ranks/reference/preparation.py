@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.reference import checkpoint, optimization, orthogonal, parallel
+from pytest_ranks.reference import (
+    checkpoint,
+    initialization,
+    optimization,
+    orthogonal,
+    parallel,
+)
 from pytest_ranks.reference import model as models
 from pytest_ranks.reference.saving import SavingSteps
 
@@ -22,6 +28,7 @@ class PreparationSteps(SavingSteps):
     """The steps of `Trainer` that prepare model, optimizer and schedule; each can be overridden there."""
 
     wrapped: nn.Module | None
+    weights: str | Path | None
 
     def setup(self) -> None:
         """Prepare model, optimizer and schedule in the one order that is right; once."""
@@ -30,14 +37,19 @@ class PreparationSteps(SavingSteps):
         total_steps = self.total_steps()
         self.seed()
         self.masters()
-        self.model.to(self.world.device)
-        if self.config.packed:
+        values_come_later = self.config.initialization != "full"
+        if not values_come_later:
+            self.model.to(self.world.device)
+        if self.config.packed and not values_come_later:
             self.check_isolation()
         if self.config.orthogonal_rank_ratio is not None:
             self.split_weights()
         if self.config.activation_checkpointing:
             self.checkpoint_activations()
         self.wrapped = self.parallelize()
+        if self.config.packed and values_come_later:
+            self.check_isolation()
+            parallel.reshard(self.model)
         # After sharding: FSDP2 replaces the parameters, and an optimizer on the old ones would
         # train nothing (https://github.com/pytorch/pytorch/issues/149205).
         self.optimizer = self.build_optimizer(self.parameter_groups())
@@ -89,6 +101,16 @@ class PreparationSteps(SavingSteps):
 
     def parallelize(self) -> nn.Module:
         """Wrap or shard the model; return the module to call."""
+        match self.config.initialization:
+            case "broadcast":
+                initialization.shard_from_first_rank(self.model, self.world, self.mixed_precision())
+                return self.model
+            case "sharded":
+                assert self.weights is not None
+                initialization.shard_from_files(
+                    self.model, self.weights, self.world, self.mixed_precision()
+                )
+                return self.model
         return parallel.parallelize(
             self.model, self.config.strategy, self.world, self.mixed_precision()
         )

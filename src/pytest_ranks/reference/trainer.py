@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_ranks.reference import checkpoint, loss, metrics, parallel
+from pytest_ranks.reference import checkpoint, initialization, loss, metrics, parallel
 from pytest_ranks.reference import model as models
 from pytest_ranks.reference.preparation import PreparationSteps
 from pytest_ranks.reference.updates import UpdateSteps
@@ -50,6 +50,7 @@ class Trainer(PreparationSteps, UpdateSteps):
         tokenizer: Any = None,
         eval_samples: Samples | None = None,
         on_step: Callable[[Record], None] | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         """Prepare; nothing is trained and nothing is written yet.
 
@@ -61,6 +62,7 @@ class Trainer(PreparationSteps, UpdateSteps):
             tokenizer: saved beside exports, and asked for the padding token.
             eval_samples: what to evaluate on.
             on_step: called with each record, on rank 0 (a progress bar).
+            weights: the folder whose files the ranks read, for `initialization="sharded"`.
 
         Raises:
             BadInputError: the arguments do not go together.
@@ -72,6 +74,8 @@ class Trainer(PreparationSteps, UpdateSteps):
         self.tokenizer = tokenizer
         self.eval_samples = eval_samples
         self.on_step = on_step
+        self.weights = weights
+        initialization.check_source(config.initialization, model, weights)
         self.keywords = models.accepted_keywords(model.forward, FORWARD_KEYWORDS)
         self.pad_id = models.padding_id(model, tokenizer)
         self.global_batch = (
