@@ -13,90 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy
-from packing_peers import PEERS, MicroBatches, Packer, Refused
+from packing_peers import PEERS, Packer
 
-from pytest_ranks.reference.packing import PACKERS
-from pytest_ranks.reference.packing_bounds import lower_bounds
-
-CAPACITIES = (8192, 32768)
-
-
-def lognormal(count: int, random: numpy.random.Generator) -> list[int]:
-    """Chat data: mean about 600 tokens, a long tail."""
-    return [
-        int(one) for one in numpy.clip(random.lognormal(numpy.log(600) - 0.5, 1, count), 1, 8192)
-    ]
-
-
-def bimodal(count: int, random: numpy.random.Generator) -> list[int]:
-    """Long documents among short questions."""
-    is_long = random.random(count) < 0.2
-    return [
-        int(one)
-        for one in numpy.where(
-            is_long, random.integers(4097, 8193, count), random.integers(32, 513, count)
-        )
-    ]
-
-
-def uniform(count: int, random: numpy.random.Generator) -> list[int]:
-    """Any length is as likely as any other."""
-    return [int(one) for one in random.integers(1, 8193, count)]
-
-
-def equal(count: int, _: numpy.random.Generator) -> list[int]:
-    """All alike, two to a bin."""
-    return [3000] * count
-
-
-def no_slack(count: int, random: numpy.random.Generator) -> list[int]:
-    """Bins of 8192 cut into four, so that a plan without any room left exists."""
-    found: list[int] = []
-    while len(found) + 4 <= count:
-        cuts = sorted(random.choice(numpy.arange(1, 8192), 3, replace=False).tolist())
-        found += [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1], 8192 - cuts[2]]
-    random.shuffle(found)
-    return [int(one) for one in found]
-
-
-LENGTHS: dict[str, Callable[[int, numpy.random.Generator], list[int]]] = {
-    one.__name__: one for one in (lognormal, bimodal, uniform, equal, no_slack)
-}
-
-
-@dataclass
-class Cell:
-    """What one packer made of one case."""
-
-    packer: str
-    lengths: str
-    samples: int
-    ranks: int
-    capacity: int
-    micro_batches: float  # / the least possible
-    step_tokens: float  # / the least possible
-    idle: float
-    seconds: float
-
-
-def ours(name: str) -> Packer:
-    return lambda lengths, capacity, ranks: [
-        [list(one) for one in bins]
-        for bins in PACKERS[name](lengths, capacity, ranks).micro_batches
-    ]
+from pytest_ranks.reference.packing_comparison import ahead_of, compare, lognormal, ours, table
 
 
 def packers() -> tuple[dict[str, Packer], list[str]]:
     """Return all that can be measured, and what is missing and why."""
-    found = {f"ours, {name}": ours(name) for name in PACKERS}
+    found: dict[str, Packer] = ours()
     missing = []
     for name, load in PEERS.items():
         try:
@@ -107,106 +36,9 @@ def packers() -> tuple[dict[str, Packer], list[str]]:
     return found, missing
 
 
-def why_wrong(plan: MicroBatches, lengths: list[int], capacity: int) -> str:
-    placed = sorted(index for ranks in plan for indices in ranks for index in indices)
-    if placed != list(range(len(lengths))):
-        return f"{len(lengths) - len(set(placed))} samples lost"
-    most = max((sum(lengths[i] for i in indices) for ranks in plan for indices in ranks), default=0)
-    return f"a row of {most} tokens in {capacity}" if most > capacity else ""
-
-
-def measure(
-    name: str, pack: Packer, kind: str, lengths: list[int], ranks: int, capacity: int, limit: float
-) -> Cell | str:
-    seconds: list[float] = []
-    while len(seconds) < 5 and sum(seconds) < limit:
-        start = time.perf_counter()
-        try:
-            plan = pack(list(lengths), capacity, ranks)
-        except Refused as error:
-            return f"refused: {error}"
-        seconds.append(time.perf_counter() - start)
-    if wrong := why_wrong(plan, lengths, capacity):
-        return wrong
-    least = lower_bounds(lengths, capacity, ranks)
-    loads = [[sum(lengths[i] for i in indices) for indices in bins] for bins in plan]
-    busiest = sum(map(max, loads))
-    return Cell(
-        packer=name,
-        lengths=kind,
-        samples=len(lengths),
-        ranks=ranks,
-        capacity=capacity,
-        micro_batches=len(plan) / least.micro_batches,
-        step_tokens=busiest / least.step_tokens,
-        idle=1 - sum(lengths) / (busiest * ranks),
-        seconds=statistics.median(seconds),
-    )
-
-
-def compare(chosen: argparse.Namespace, found: dict[str, Packer]) -> tuple[list[Cell], list[str]]:
-    cells: list[Cell] = []
-    wrong: dict[str, list[str]] = {}
-    for kind, make in LENGTHS.items():
-        for samples in chosen.samples:
-            for ranks in chosen.ranks:
-                if samples < 4 * ranks:
-                    continue
-                lengths = make(samples, numpy.random.default_rng(samples + ranks))
-                for capacity in CAPACITIES:
-                    for name, pack in found.items():
-                        cell = measure(name, pack, kind, lengths, ranks, capacity, chosen.limit)
-                        if isinstance(cell, Cell):
-                            cells.append(cell)
-                        else:
-                            wrong.setdefault(name, []).append(cell)
-                print(kind, samples, ranks, file=sys.stderr, flush=True)
-    return cells, [
-        f"{name}: {len(texts)} times, such as {texts[0]}" for name, texts in wrong.items()
-    ]
-
-
-def table(cells: list[Cell]) -> list[str]:
-    """Return a row for each packer and kind of lengths, over all sizes, as Markdown."""
-    lines = [
-        "| lengths | packer | micro-batches / least | most | tokens waited for / least | most "
-        "| idle | samples a second |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for kind in LENGTHS:
-        rows: dict[str, list[Cell]] = {}
-        for cell in cells:
-            if cell.lengths == kind:
-                rows.setdefault(cell.packer, []).append(cell)
-        for name, own in rows.items():
-            counts = [one.micro_batches for one in own]
-            tokens = [one.step_tokens for one in own]
-            speed = statistics.median(one.samples / one.seconds for one in own)
-            shown = f"**{name}**" if name.startswith("ours") else name
-            lines.append(
-                f"| {kind} | {shown} | {statistics.mean(counts):.3f} | {max(counts):.2f} "
-                f"| {statistics.mean(tokens):.4f} | {max(tokens):.3f} "
-                f"| {statistics.mean(one.idle for one in own):.2%} | {speed:,.0f} |"
-            )
-    return lines
-
-
-def behind(cells: list[Cell]) -> list[str]:
-    """Return the cases in which another packer is ahead of ours, by micro-batches, then by tokens."""
-    by_case: dict[tuple[str, int, int, int], dict[str, Cell]] = {}
-    for cell in cells:
-        case = (cell.lengths, cell.samples, cell.ranks, cell.capacity)
-        by_case.setdefault(case, {})[cell.packer] = cell
-    found = []
-    for case, own in by_case.items():
-        mine = own["ours, level"]
-        for name, other in own.items():
-            if (other.micro_batches, other.step_tokens) < (mine.micro_batches, mine.step_tokens):
-                found.append(
-                    f"{case}: {name} {other.micro_batches:.3f} {other.step_tokens:.5f}, "
-                    f"ours {mine.micro_batches:.3f} {mine.step_tokens:.5f}"
-                )
-    return found
+def tell(*case: object) -> None:
+    """Show how far the run has come."""
+    print(*case, file=sys.stderr, flush=True)
 
 
 def picture(found: dict[str, Packer]) -> str:
@@ -259,11 +91,13 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="SVG file for the loads of eight ranks")
     chosen = parser.parse_args()
     found, missing = packers()
-    cells, wrong = compare(chosen, found)
+    cells, wrong = compare(
+        found, samples=chosen.samples, ranks=chosen.ranks, limit=chosen.limit, on_case=tell
+    )
     lines = table(cells)
     lines += ["", *(f"Not installed: {one}." for one in missing)] * bool(missing)
     lines += ["", *(f"No valid plan: {one}." for one in wrong)] * bool(wrong)
-    ahead = behind(cells)
+    ahead = ahead_of("ours, level", cells)
     lines += ["", f"Cases in which another packer is ahead of ours, level: {len(ahead)}."]
     print("\n".join([*lines, *ahead]))
     if chosen.json:

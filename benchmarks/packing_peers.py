@@ -16,12 +16,10 @@ from importlib import metadata
 from itertools import chain
 from typing import Any
 
+from pytest_ranks.reference.packing_comparison import Refused
+
 MicroBatches = list[list[list[int]]]  # for each micro-batch, for each rank, indices
 Packer = Callable[[list[int], int, int], MicroBatches]
-
-
-class Refused(Exception):
-    """The packer has no plan for these lengths."""
 
 
 def functions(distribution: str, file: str, names: tuple[str, ...], **known: Any) -> dict[str, Any]:

@@ -583,6 +583,7 @@ class TestResume:
     def test_a_state_after_the_end_leaves_nothing_to_repeat(self):
         loader = make_loader()
         list(loader)
+        assert loader.state_dict()["drawn"] == 23
         resumed = make_loader()
         resumed.load_state_dict(loader.state_dict())
         assert batches(resumed) == []
