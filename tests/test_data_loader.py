@@ -44,7 +44,9 @@ CONVERSATION = [
 
 
 def write(path, *records):
-    lines = (one if isinstance(one, str) else json.dumps(one) for one in records)
+    lines = (
+        one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in records
+    )
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -121,6 +123,16 @@ class TestJsonlDataset:
         dataset = JsonlDataset("a.jsonl")
         monkeypatch.chdir(tmp_path / "elsewhere")
         assert pickle.loads(pickle.dumps(dataset))[0] == dataset[0]
+
+    def test_other_bytes_or_another_tokenizer_are_other_data(self, tmp_path):
+        def fingerprint(*records, **options):
+            path = write(tmp_path / "a.jsonl", *records)
+            return JsonlDataset(path, tokenizer=byte_tokenizer(**options)).fingerprint
+
+        found = fingerprint({"text": "ab"})
+        assert found == fingerprint({"text": "ab"})
+        assert found != fingerprint({"text": "ac"})
+        assert found != fingerprint({"text": "ab"}, add_bos=True)
 
     @pytest.mark.parametrize("way", ["shorter", "written anew", "replaced"])
     def test_a_file_that_changes_in_use_is_told(self, tmp_path, way):
@@ -757,6 +769,7 @@ class TestPretrainingBlocks:
         blocks = Blocks(stream_of(lengths), length, overlap=1)
         trained_tokens = [token for i in range(len(blocks)) for token in targets(blocks[i])]
         assert trained_tokens == [*range(1, sum(lengths))]
+        assert len(blocks) == max(1, math.ceil((sum(lengths) - 1) / (length - 1)))
         assert all(n <= length for n in blocks.lengths)
 
     @given(lengths=documents, length=block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -196,6 +197,19 @@ class TestBadInput:
     def test_a_file_that_is_no_text(self, refused, tmp_path):
         (tmp_path / "data.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
         assert refused() == "data.jsonl, line 2 is not UTF-8 text (invalid start byte)."
+
+    def test_other_data_than_the_run_that_is_resumed(self, refused, tmp_path, model_folder):
+        write(tmp_path / "data.jsonl", GOOD, {"input_ids": [4, 5], "labels": [4, 5]})
+        given = [str(model_folder), "data.jsonl", "--out-dir", "first", "--device", "cpu"]
+        result = CliRunner().invoke(app, [*given, "--max-steps", "1", "--checkpoint-every", "1"])
+        assert result.exit_code == 0, result.output
+        write(tmp_path / "data.jsonl", {"input_ids": [4, 5], "labels": [4, 5]}, GOOD)
+        found = refused("data.jsonl", "--max-steps", 2, "--resume-from", "first")
+        assert re.fullmatch(
+            r"first/checkpoint-1\.pt was trained with data='2-[0-9a-f]{8}', this run has "
+            r"data='2-[0-9a-f]{8}'; use the same value, or start without resume_from\.",
+            found,
+        )
 
     def test_text_without_a_tokenizer(self, refused, tmp_path, model_folder):
         (tmp_path / "bare").mkdir()

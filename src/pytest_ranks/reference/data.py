@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -138,8 +139,8 @@ class JsonlDataset:
 
     @property
     def fingerprint(self) -> str:
-        """What a run that resumes must find again: another for a file with other bytes."""
-        return f"{len(self)}-{self._file.checksum:08x}"
+        """What a run that resumes must find again: another for other bytes, or other token counts."""
+        return f"{len(self)}-{zlib.crc32(self._lengths.tobytes(), self._file.checksum):08x}"
 
     def check_vocabulary(self, rows: int) -> None:
         """Refuse token ids that a model has no embedding for.
