@@ -27,6 +27,8 @@ SLOW = (
     "models/test_tiny_families.py",
     "models/test_tiny_models_page.py",
     "reference/test_reference_cli.py",
+    "reference/test_reference_liger.py",
+    "reference/test_reference_orthogonal.py",
     "reference/test_reference_ranks.py",
     "subjects",
     "test_*_on_ranks.py",

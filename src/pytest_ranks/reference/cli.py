@@ -49,6 +49,7 @@ def train(
     precision: Annotated[str, Option(help="fp32 or bf16.")] = "fp32",
     initialization: Annotated[str, Option(help=SOURCES)] = "full",
     activation_checkpointing: Annotated[bool, Option(help="Recompute activations.")] = False,
+    liger: Annotated[bool, Option(help="Compute with Liger's kernels.")] = False,
     orthogonal_rank_ratio: Annotated[float | None, Option(help=ORTHOGONAL)] = None,
     orthogonal_targets: Annotated[list[str] | None, Option(help=TARGETS)] = None,
     micro_batch: Annotated[int, Option(help="Rows a rank and forward.")] = 1,
@@ -235,6 +236,8 @@ def train_and_export(trainer: Trainer) -> None:
     """Train with a progress bar on rank 0, then write the model folder."""
     trainer.setup()
     first_rank = trainer.world.rank == 0
+    if first_rank and trainer.kernels is not None:
+        typer.echo(trainer.kernels, err=True)
     with tqdm(
         total=trainer.total_steps(),
         initial=trainer.steps_taken,

@@ -63,6 +63,7 @@ class TrainConfig:
             directions that is trained, 0 to 1; the others are frozen. None: off.
         orthogonal_targets: the linear layers that it splits, as patterns for their names or the
             ends of these ("q_proj", "mlp.*"); None: all that are in the model's blocks.
+        liger: compute with Liger's Triton kernels where the model's layers have one, and the loss.
         device: "auto" (the accelerator if there is one, else cpu), or a torch device.
         eval_every: evaluate every so many steps; None: at the end of each epoch.
         checkpoint_every: save every so many steps; None: never.
@@ -94,6 +95,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     orthogonal_rank_ratio: float | None = None
     orthogonal_targets: tuple[str, ...] | None = None
+    liger: bool = False
     device: str = "auto"
     eval_every: int | None = None
     checkpoint_every: int | None = None
@@ -117,6 +119,7 @@ class TrainConfig:
         self._check_counts()
         self._check_rates()
         self._check_orthogonal()
+        self._check_liger()
         if (self.max_steps is None) == (self.epochs is None):
             raise BadInputError(
                 f"found max_steps={self.max_steps!r} and epochs={self.epochs!r}; "
@@ -173,6 +176,15 @@ class TrainConfig:
         betas = tuple(self.betas)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise BadInputError(f"betas={self.betas!r} are not two numbers in [0, 1).")
+
+    def _check_liger(self) -> None:
+        if not isinstance(self.liger, bool):
+            raise BadInputError(f"liger={self.liger!r} is not True or False.")
+        if self.liger and self.initialization != "full":
+            raise BadInputError(
+                f"initialization={self.initialization!r} gives parameters their values after they "
+                "are cut, and liger tries its kernels on whole layers; use initialization='full'."
+            )
 
     def _check_orthogonal(self) -> None:
         ratio: Any = self.orthogonal_rank_ratio

@@ -11,6 +11,7 @@ from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference import (
     checkpoint,
     initialization,
+    liger,
     optimization,
     orthogonal,
     parallel,
@@ -29,6 +30,7 @@ class PreparationSteps(SavingSteps):
 
     wrapped: nn.Module | None
     weights: str | Path | None
+    kernels: liger.KernelReport | None = None
 
     def setup(self) -> None:
         """Prepare model, optimizer and schedule in the one order that is right; once."""
@@ -40,6 +42,8 @@ class PreparationSteps(SavingSteps):
         values_come_later = self.config.initialization != "full"
         if not values_come_later:
             self.model.to(self.world.device)
+        if self.config.liger:
+            self.kernels = self.apply_kernels()
         if self.config.packed and not values_come_later:
             self.check_isolation()
         if self.config.orthogonal_rank_ratio is not None:
@@ -79,6 +83,11 @@ class PreparationSteps(SavingSteps):
                 "pack_length; models that go by position_ids (Llama, Qwen, GPT-2 and most others) "
                 "can be packed."
             )
+
+    def apply_kernels(self) -> liger.KernelReport:
+        """Let layers compute with Liger's kernels; while they are whole, so that each can be tried."""
+        liger.check_available(self.world.device, precision=self.config.precision)
+        return liger.apply_kernels(self.model)
 
     def split_weights(self) -> None:
         """Freeze each weight's high subspace; a resumed run finds its factors in the checkpoint."""

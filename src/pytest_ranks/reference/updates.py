@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_ranks.reference import loss, optimization, orthogonal, parallel
+from pytest_ranks.reference import liger, loss, optimization, orthogonal, parallel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,6 +88,8 @@ class UpdateSteps:
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Sum the cross entropy of the micro-batch's trained tokens."""
+        if self.config.liger:
+            return liger.shifted_cross_entropy_sum(logits, labels)
         return loss.shifted_cross_entropy_sum(logits, labels)
 
     def scale(self, cross_entropy: Tensor, tokens: int) -> Tensor:
