@@ -351,6 +351,30 @@ class TestMetaInitialization:
         assert any("inv_freq" in name for name in results["full"][0]) is (family == "llama")
 
 
+class TestLora:
+    """Adapters are trained, the model beside them is not."""
+
+    @pytest.mark.ranks(2)
+    @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+    def test_base_keeps_its_bits(self, rank, tiny_model, strategy, recompute):
+        pytest.importorskip("peft", reason="needs peft")
+        model = tiny_model("llama")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainer = trainer_of(
+            model, strategy=strategy, activation_checkpointing=recompute, lora_rank=4
+        )
+        trainer.train()
+        found = whole(model)
+        adapters = {name for name in found if ".lora_A." in name or ".lora_B." in name}
+        assert len(adapters) == 2 * 7 * model.config.num_hidden_layers
+        for name in adapters:
+            assert ".lora_A." in name or found[name].abs().max() > 0, name
+        kept = {name.replace(".base_layer.", "."): found[name] for name in found.keys() - adapters}
+        assert kept.keys() == before.keys()
+        assert all(torch.equal(kept[name], value) for name, value in before.items())
+
+
 class TestIntegration:
     """A folder goes in, a folder comes out."""
 

@@ -31,6 +31,7 @@ LINE = "JSONL: input_ids and labels, text, prompt and completion, or messages."
 STRATEGIES = "single, ddp, fsdp2; auto: fsdp2 under torchrun, else single."
 ORTHOGONAL = "Train this share of each weight's singular directions, orthogonal to the others."
 TARGETS = "Layers that it splits, by name or pattern; again for more; default: all in blocks."
+ADAPTED = "A layer's name; again for more; default: every linear layer but the head."
 SOURCES = "FSDP2: full (all ranks load), broadcast (rank 0 loads) or sharded (each its rows)."
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -50,6 +51,11 @@ def train(
     initialization: Annotated[str, Option(help=SOURCES)] = "full",
     activation_checkpointing: Annotated[bool, Option(help="Recompute activations.")] = False,
     liger: Annotated[bool, Option(help="Compute with Liger's kernels.")] = False,
+    lora_rank: Annotated[int | None, Option(help="Train adapters of this rank, by peft.")] = None,
+    lora_alpha: Annotated[float | None, Option(help="Twice the rank by default.")] = None,
+    lora_targets: Annotated[list[str] | None, Option(help=ADAPTED)] = None,
+    lora_dropout: Annotated[float, Option(help="On what goes into an adapter.")] = 0.0,
+    lora_export: Annotated[str, Option(help="merged, or adapter.")] = "merged",
     orthogonal_rank_ratio: Annotated[float | None, Option(help=ORTHOGONAL)] = None,
     orthogonal_targets: Annotated[list[str] | None, Option(help=TARGETS)] = None,
     micro_batch: Annotated[int, Option(help="Rows a rank and forward.")] = 1,
@@ -141,6 +147,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     if options["epochs"] is None and options["max_steps"] is None:
         options["epochs"] = 1
     options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+    options["lora_targets"] = tuple(options["lora_targets"] or ()) or None
     options["orthogonal_targets"] = tuple(options["orthogonal_targets"] or ()) or None
     options["max_grad_norm"] = options["max_grad_norm"] or None
     return TrainConfig(**options)

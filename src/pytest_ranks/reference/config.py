@@ -17,6 +17,7 @@ CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "precision": ("fp32", "bf16"),
     "strategy": ("single", "ddp", "fsdp2"),
+    "lora_export": ("merged", "adapter"),
     "initialization": ("full", "broadcast", "sharded"),
 }
 """The fields that take one of a few names."""
@@ -59,6 +60,11 @@ class TrainConfig:
             "broadcast" (rank 0 has it and sends each rank its rows) or "sharded" (each rank reads
             its rows from the model's files).
         activation_checkpointing: recompute each block's activations in the backward pass.
+        lora_rank: train adapters of this rank beside frozen linear layers; None: everything.
+        lora_alpha: what they learn is added times alpha / rank; None: twice the rank.
+        lora_targets: names of the layers that get one; None: every linear layer but the head.
+        lora_dropout: on what goes into an adapter.
+        lora_export: "merged" (a model like any other) or "adapter" (for peft, without the model).
         orthogonal_rank_ratio: orthogonal subspace fine-tuning: the share of each weight's singular
             directions that is trained, 0 to 1; the others are frozen. None: off.
         orthogonal_targets: the linear layers that it splits, as patterns for their names or the
@@ -93,6 +99,11 @@ class TrainConfig:
     strategy: str = "single"
     initialization: str = "full"
     activation_checkpointing: bool = False
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
+    lora_dropout: float = 0.0
+    lora_export: str = "merged"
     orthogonal_rank_ratio: float | None = None
     orthogonal_targets: tuple[str, ...] | None = None
     liger: bool = False
@@ -120,6 +131,7 @@ class TrainConfig:
         self._check_rates()
         self._check_orthogonal()
         self._check_liger()
+        self._check_lora()
         if (self.max_steps is None) == (self.epochs is None):
             raise BadInputError(
                 f"found max_steps={self.max_steps!r} and epochs={self.epochs!r}; "
@@ -150,7 +162,7 @@ class TrainConfig:
     def _check_counts(self) -> None:
         at_least_one = (
             *("micro_batch", "gradient_accumulation_steps", "max_tokens_per_rank", "pack_length"),
-            *("max_steps", "epochs", "eval_every", "checkpoint_every"),
+            *("max_steps", "epochs", "eval_every", "checkpoint_every", "lora_rank"),
         )
         lowest = dict.fromkeys(at_least_one, 1) | {"seed": 0, "warmup_steps": 0}
         optional = {field.name for field in dataclasses.fields(self) if "None" in str(field.type)}
@@ -185,6 +197,35 @@ class TrainConfig:
                 f"initialization={self.initialization!r} gives parameters their values after they "
                 "are cut, and liger tries its kernels on whole layers; use initialization='full'."
             )
+
+    def _check_lora(self) -> None:
+        if self.lora_rank is None:
+            for name, off in (("lora_alpha", None), ("lora_targets", None), ("lora_dropout", 0.0)):
+                if getattr(self, name) != off:
+                    raise BadInputError(
+                        f"{name}={getattr(self, name)!r} needs lora_rank, the adapters' rank."
+                    )
+            return
+        targets: Any = self.lora_targets
+        names = isinstance(targets, tuple) and all(isinstance(one, str) for one in targets)
+        if targets is not None and not (names and targets):
+            raise BadInputError(
+                f"lora_targets={targets!r} is not a tuple of names; expected one or more, such as "
+                "('q_proj', 'v_proj'), or None for every linear layer but the head."
+            )
+        alpha: Any = self.lora_alpha
+        if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+            raise BadInputError(f"lora_alpha={alpha!r} is not a finite number above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise BadInputError(f"lora_dropout={self.lora_dropout!r} is not a number in [0, 1).")
+        for name in ("initialization", "orthogonal_rank_ratio"):
+            found = getattr(self, name)
+            if found not in ("full", None):
+                raise BadInputError(
+                    f"found lora_rank={self.lora_rank!r} and {name}={found!r}; give one of them: "
+                    "adapters are put beside a model that every rank holds whole and that stays "
+                    "as it is."
+                )
 
     def _check_orthogonal(self) -> None:
         ratio: Any = self.orthogonal_rank_ratio

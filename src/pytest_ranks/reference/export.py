@@ -55,8 +55,17 @@ def export_model(
     world: World,
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write the model, and its tokenizer if there is one; a collective.
+
+    Args:
+        model: the model, sharded or not.
+        directory: is made if it does not exist.
+        world: the ranks.
+        tokenizer: written beside the model.
+        dtype: cast floating-point tensors to this; None keeps them as trained.
+        state: written in place of the model's own tensors, whole, in that dtype.
 
     Raises:
         BadInputError: the model is not one of transformers'.
@@ -65,7 +74,8 @@ def export_model(
         raise BadInputError(
             f"{type(model).__name__} has no save_pretrained; export needs a transformers model."
         )
-    state = consolidated_state(model, dtype=dtype)
+    if state is None:
+        state = consolidated_state(model, dtype=dtype)
     if world.rank == 0:
         model.save_pretrained(directory, state_dict=state)
         if dtype is not None:  # it wrote the dtype that the model has in memory

@@ -12,6 +12,7 @@ from pytest_ranks.reference import (
     checkpoint,
     initialization,
     liger,
+    lora,
     optimization,
     orthogonal,
     parallel,
@@ -39,6 +40,8 @@ class PreparationSteps(SavingSteps):
         total_steps = self.total_steps()
         self.seed()
         self.masters()
+        if self.config.lora_rank is not None:
+            self.add_adapters()
         values_come_later = self.config.initialization != "full"
         if not values_come_later:
             self.model.to(self.world.device)
@@ -69,6 +72,10 @@ class PreparationSteps(SavingSteps):
     def masters(self) -> None:
         """Train float32 parameters, also where computation is in bfloat16."""
         models.float32_masters(self.model)
+
+    def add_adapters(self) -> None:
+        """Freeze the model and train adapters beside it."""
+        self.lora_settings = lora.add_adapters(self.model, self.config)
 
     def check_isolation(self) -> None:
         """Refuse to pack for a model whose packed documents would see each other.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.reference import checkpoint, export
+from pytest_ranks.reference import checkpoint, export, lora
 from pytest_ranks.reference.batches import BatchSteps
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ class SavingSteps(BatchSteps):
     """The steps of `Trainer` that write and read files; each can be overridden there."""
 
     tokenizer: Any
+    lora_settings: Any
+    """peft's configuration of the adapters; None without any."""
     optimizer: Optimizer
     scheduler: LambdaLR
 
@@ -28,6 +30,8 @@ class SavingSteps(BatchSteps):
             *("packer", "shuffle", "seed", "tail", "optimizer"),
             *("orthogonal_rank_ratio", "orthogonal_targets"),
         ]
+        if self.config.lora_rank is not None:
+            names += ["lora_rank", "lora_alpha", "lora_targets", "lora_dropout"]
         data = {"samples": len(self.samples), "data": getattr(self.samples, "fingerprint", None)}
         return {name: getattr(self.config, name) for name in names} | data
 
@@ -59,7 +63,22 @@ class SavingSteps(BatchSteps):
         self.cursor = progress["cursor"]
 
     def export(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-        """Write the trained model as a folder that `from_pretrained` loads (a collective)."""
+        """Write the trained model as a folder that `from_pretrained` loads (a collective).
+
+        Of adapters, `lora_export` says whether they are merged into it or written alone.
+        """
+        state = None
+        if self.lora_settings is not None:
+            if self.config.lora_export == "adapter":
+                return lora.save_adapter(
+                    self.model, Path(directory), settings=self.lora_settings, world=self.world
+                )
+            state = lora.merged_state(self.model, dtype=dtype)
         return export.export_model(
-            self.model, Path(directory), world=self.world, tokenizer=self.tokenizer, dtype=dtype
+            self.model,
+            Path(directory),
+            world=self.world,
+            tokenizer=self.tokenizer,
+            dtype=dtype,
+            state=state,
         )

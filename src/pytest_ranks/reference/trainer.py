@@ -75,6 +75,7 @@ class Trainer(PreparationSteps, UpdateSteps):
         self.eval_samples = eval_samples
         self.on_step = on_step
         self.weights = weights
+        self.lora_settings = None
         initialization.check_source(config.initialization, model, weights)
         self.keywords = models.accepted_keywords(model.forward, FORWARD_KEYWORDS)
         self.pad_id = models.padding_id(model, tokenizer)
