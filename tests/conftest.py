@@ -32,6 +32,7 @@ SLOW = (
     "reference/test_reference_ranks.py",
     "subjects",
     "test_*_on_ranks.py",
+    "test_diagnostic.py",
     "test_training_components.py",
     "test_model_initialization.py",
 )
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(HERE) if item.path.is_relative_to(HERE) else Path()
         if any(path.match(entry) or entry == path.parts[0] for entry in SLOW if path.parts):
             item.add_marker("slow")
+    # A diagnosis has an order, also where the others are shuffled.
+    places = [place for place, item in enumerate(items) if item.path.name == "test_diagnostic.py"]
+    ordered = sorted((items[place] for place in places), key=lambda item: item.location[1:])
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
 
 
 @pytest.fixture(autouse=True, scope="session")

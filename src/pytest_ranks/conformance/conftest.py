@@ -37,10 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the suites' order, whatever shuffles tests: the checks of the adapter come first, they gate the rest."""
     checks: list[BoundCheck] = config.stash.get(_BOUND_KEY, [])
     if checks:
-        from pytest_ranks.conformance.parametrize import CheckItem
+        from pytest_ranks.conformance.parametrize import in_order
 
-        place = {bound: index for index, bound in enumerate(checks)}
-        items.sort(key=lambda item: place[item.bound] if isinstance(item, CheckItem) else -1)
+        in_order(items, checks, asked=config.getoption("keyword"))
 
 
 def _checks(config: pytest.Config) -> list[BoundCheck]:

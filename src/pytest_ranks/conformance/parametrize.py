@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_ranks import _compat
+from pytest_ranks.conformance.diagnosis import KEYWORD, advice, is_step, place_of
 from pytest_ranks.conformance.findings import CheckResult
 from pytest_ranks.conformance.plan import plan_for
 from pytest_ranks.conformance.runner import Session, run_check
@@ -34,6 +35,7 @@ class BoundCheck:
         setting: strategy and world size; None for a check that is not applicable.
         expected: why it is expected to fail, or None.
         result: what came out, once it ran.
+        diagnosing: whether a failure says what it means as a step of the diagnosis.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class BoundCheck:
         self.expected = expected
         self.folder: Path | None = None
         self.result: CheckResult | None = None
+        self.diagnosing = False
 
     @property
     def id(self) -> str:
@@ -67,12 +70,15 @@ class BoundCheck:
             case "not applicable" | "not run":
                 pytest.skip(f"{self.result.outcome}: {self.result.text}")
             case "failed":
-                pytest.fail(f"{self.result.text}\n  reproduce: {self.reproduce()}", pytrace=False)
+                pytest.fail("\n".join([self.result.text, *self._further()]), pytrace=False)
             case outcome:
-                pytest.fail(
-                    f"{self.id}: {outcome}: {self.result.text}\n  reproduce: {self.reproduce()}",
-                    pytrace=False,
-                )
+                text = f"{self.id}: {outcome}: {self.result.text}"
+                pytest.fail("\n".join([text, *self._further()]), pytrace=False)
+
+    def _further(self) -> list[str]:
+        """Return the lines below a failure."""
+        lines = [f"  reproduce: {self.reproduce()}"]
+        return [*lines, advice(self.check.id)] if self.diagnosing else lines
 
     def reproduce(self) -> str:
         """Return the command that runs this check alone."""
@@ -184,6 +190,23 @@ def shared_folder(config: pytest.Config) -> Path:
     return base.parent if hasattr(config, "workerinput") else base
 
 
+def in_order(items: list[pytest.Item], checks: list[BoundCheck], *, asked: str) -> None:
+    """Put check items in the suites' order, or in that of the diagnosis where `-k` asks for it.
+
+    Args:
+        items: those of the session, sorted in place; what is no check comes first.
+        checks: every check, in the suites' order.
+        asked: the text of `-k`.
+    """
+    if asked == KEYWORD:
+        for item in items:
+            if isinstance(item, CheckItem):
+                item.bound.diagnosing = True
+        checks = sorted(checks, key=lambda bound: place_of(bound.check.id, bound.setting))
+    places = {bound: index for index, bound in enumerate(checks)}
+    items.sort(key=lambda item: places[item.bound] if isinstance(item, CheckItem) else -1)
+
+
 class CheckItem(pytest.Item):
     """One check as a test item: `loss::token_weights[ddp-2]`."""
 
@@ -209,4 +232,6 @@ class SuiteFile(pytest.File):
             name = bound.id.partition(".")[2]
             item: CheckItem = CheckItem.from_parent(self, name=name)
             item.bound = bound
+            if is_step(bound.check.id, bound.setting):
+                item.extra_keyword_matches.add(KEYWORD)
             yield item
