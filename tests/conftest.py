@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 # What CPU ranks and GPUs are both put through; a failure there shows its values too.
 pytest.register_assert_rewrite("bodies")
+
+with suppress(ImportError):  # tests that need no torch run without it
+    from hypothesis import settings
+
+    # No test is about time: the first example of one may wait for numpy, or for a busy machine.
+    settings.register_profile("ranks", deadline=None)
+    settings.load_profile("ranks")
 
 HERE = Path(__file__).parent
 SLOW = (
