@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 # A plan whose busiest ranks take at most this much more than the bound is not improved any further.
-GOOD_ENOUGH = 1.001
+GOOD_ENOUGH = 1.0001
 
 Bins = list[list[int]]  # indices into the lengths
 MicroBatches = list[Bins]  # for each micro-batch, a bin for each rank
