@@ -351,6 +351,28 @@ class TestMetaInitialization:
         assert any("inv_freq" in name for name in results["full"][0]) is (family == "llama")
 
 
+class TestAttention:
+    """Whatever computes attention, packed documents stay apart and training is the same."""
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen", "flash_attention_2"])
+    def test_packed_documents_are_isolated(self, tiny_model, attention):
+        """The flip test on the model as it trains; then a step, against documents one by one."""
+        from pytest_ranks.reference.attention import missing_for_kernel
+        from pytest_ranks.reference.model import keeps_documents_apart
+
+        if reason := missing_for_kernel(attention, torch.device("cpu"), "fp32"):
+            pytest.skip(f"{attention} {reason}")
+        model = tiny_model("llama")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        wanted = plain_step(model, SAMPLES)
+        fields = {"strategy": "single", "micro_batch": 4, "max_tokens_per_rank": 40}
+        trainer = trainer_of(model, attention=attention, **fields)
+        trainer.train()
+        assert attention in model.config._attn_implementation
+        assert keeps_documents_apart(model, trainer.keywords)
+        assert difference(whole(model), wanted, before) < 1e-5
+
+
 class TestLora:
     """Adapters are trained, the model beside them is not."""
 

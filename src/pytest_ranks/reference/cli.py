@@ -31,6 +31,7 @@ LINE = "JSONL: input_ids and labels, text, prompt and completion, or messages."
 STRATEGIES = "single, ddp, fsdp2; auto: fsdp2 under torchrun, else single."
 ORTHOGONAL = "Train this share of each weight's singular directions, orthogonal to the others."
 TARGETS = "Layers that it splits, by name or pattern; again for more; default: all in blocks."
+ATTENTIONS = "auto, flash_attention_2, varlen, sdpa or eager."
 ADAPTED = "A layer's name; again for more; default: every linear layer but the head."
 SOURCES = "FSDP2: full (all ranks load), broadcast (rank 0 loads) or sharded (each its rows)."
 
@@ -51,6 +52,7 @@ def train(
     initialization: Annotated[str, Option(help=SOURCES)] = "full",
     activation_checkpointing: Annotated[bool, Option(help="Recompute activations.")] = False,
     liger: Annotated[bool, Option(help="Compute with Liger's kernels.")] = False,
+    attention: Annotated[str, Option(help=ATTENTIONS)] = "auto",
     lora_rank: Annotated[int | None, Option(help="Train adapters of this rank, by peft.")] = None,
     lora_alpha: Annotated[float | None, Option(help="Twice the rank by default.")] = None,
     lora_targets: Annotated[list[str] | None, Option(help=ADAPTED)] = None,

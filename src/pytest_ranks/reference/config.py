@@ -18,6 +18,7 @@ CHOICES = {
     "precision": ("fp32", "bf16"),
     "strategy": ("single", "ddp", "fsdp2"),
     "lora_export": ("merged", "adapter"),
+    "attention": ("auto", "flash_attention_2", "varlen", "sdpa", "eager"),
     "initialization": ("full", "broadcast", "sharded"),
 }
 """The fields that take one of a few names."""
@@ -60,6 +61,9 @@ class TrainConfig:
             "broadcast" (rank 0 has it and sends each rank its rows) or "sharded" (each rank reads
             its rows from the model's files).
         activation_checkpointing: recompute each block's activations in the backward pass.
+        attention: "auto" (flash-attn where it is installed and can run, else what the model was
+            loaded with), "flash_attention_2", "varlen" (torch's variable-length kernel on CUDA;
+            document by document on the CPU), "sdpa" or "eager".
         lora_rank: train adapters of this rank beside frozen linear layers; None: everything.
         lora_alpha: what they learn is added times alpha / rank; None: twice the rank.
         lora_targets: names of the layers that get one; None: every linear layer but the head.
@@ -99,6 +103,7 @@ class TrainConfig:
     strategy: str = "single"
     initialization: str = "full"
     activation_checkpointing: bool = False
+    attention: str = "auto"
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] | None = None

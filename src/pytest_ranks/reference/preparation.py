@@ -9,6 +9,7 @@ import torch
 
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference import (
+    attention,
     checkpoint,
     initialization,
     liger,
@@ -47,15 +48,15 @@ class PreparationSteps(SavingSteps):
             self.model.to(self.world.device)
         if self.config.liger:
             self.kernels = self.apply_kernels()
-        if self.config.packed and not values_come_later:
-            self.check_isolation()
+        if not values_come_later:
+            self.try_attention()
         if self.config.orthogonal_rank_ratio is not None:
             self.split_weights()
         if self.config.activation_checkpointing:
             self.checkpoint_activations()
         self.wrapped = self.parallelize()
-        if self.config.packed and values_come_later:
-            self.check_isolation()
+        if values_come_later:
+            self.try_attention()
             parallel.reshard(self.model)
         # After sharding: FSDP2 replaces the parameters, and an optimizer on the old ones would
         # train nothing (https://github.com/pytorch/pytorch/issues/149205).
@@ -76,6 +77,23 @@ class PreparationSteps(SavingSteps):
     def add_adapters(self) -> None:
         """Freeze the model and train adapters beside it."""
         self.lora_settings = lora.add_adapters(self.model, self.config)
+
+    def try_attention(self) -> None:
+        """Choose the attention, and try what is claimed of it, on the model as it is now."""
+        used = self.choose_attention()
+        if self.config.packed:
+            with attention.computing_for(used, self.world.device):
+                self.check_isolation()
+
+    def choose_attention(self) -> str:
+        """Let the model compute with the configured attention; return its name."""
+        return attention.choose_attention(
+            self.model,
+            self.config.attention,
+            device=self.world.device,
+            precision=self.config.precision,
+            keywords=self.keywords,
+        )
 
     def check_isolation(self) -> None:
         """Refuse to pack for a model whose packed documents would see each other.
