@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from pytest_ranks.reference import TrainConfig, Trainer
-from pytest_ranks.reference.export import consolidated_state
 
 
 def kernels_in(output: torch.Tensor) -> set[str]:
@@ -73,11 +72,13 @@ def compare_liger_losses(
         trained = copy.deepcopy(model)
         config = TrainConfig(**(base | fields), liger=liger, device=device)
         trainer = Watching(config, model=trained, samples=samples)
+        trainer.setup()
+        start = {key: parameter.detach().clone() for key, parameter in trained.named_parameters()}
         runs[name] = [record["loss"] for record in trainer.train()]
         runs["kernels"][name] = sorted(trainer.kernels_seen or ())
         runs["report"] = trainer.kernels
-        start, end = consolidated_state(model), consolidated_state(trained)
-        updates[name] = torch.cat([(end[key] - start[key]).flatten() for key in start])
+        ends = dict(trained.named_parameters())
+        updates[name] = torch.cat([(ends[key] - start[key]).detach().flatten() for key in start])
     difference = (updates["liger"] - updates["plain"]).norm() / updates["plain"].norm()
     return runs | {"update_error": difference.item()}
 

@@ -6,6 +6,7 @@ The process is started with TRITON_INTERPRET=1, since triton reads it when it is
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import random
 import sys
@@ -172,7 +173,10 @@ def main(out):
         "packed": {"max_tokens_per_rank": 12},
         "recomputed": {"activation_checkpointing": True},
         "orthogonal": {"orthogonal_rank_ratio": 0.25},
+        "adapters": {"lora_rank": 2},
     }
+    if importlib.util.find_spec("peft") is None:
+        del variants["adapters"]
     patched = build("llama")
     liger.apply_kernels(patched)
     leaks = find_leaks()

@@ -60,9 +60,10 @@ def test_kernels_that_the_interpreter_cannot_run_leave_their_layers_plain(found)
 
 
 def test_packed_checkpointed_and_split_runs_are_those_of_the_plain_model(found):
-    assert found["variants"].keys() == {"packed", "recomputed", "orthogonal"}
+    assert found["variants"].keys() >= {"packed", "recomputed", "orthogonal"}
     for name, result in found["variants"].items():
         assert result["plain"] == pytest.approx(result["liger"], abs=1e-5), name
+        assert result["update_error"] < 1e-5, name
         assert "LigerRopeFunction" in result["kernels"]["liger"], name
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from pytest_ranks.errors import BadInputError
 from pytest_ranks.launch.host import RankHost
 from pytest_ranks.reference import TrainConfig, Trainer, orthogonal
 from pytest_ranks.reference.checkpoint import full_on_cpu
-from pytest_ranks.reference.cli import make_config
+from pytest_ranks.reference.cli import make_config, train
 from pytest_ranks.reference.export import consolidated_state
 from pytest_ranks.reference.orthogonal import join_weight, low_rank, split_layers, split_weight
 
@@ -576,15 +578,13 @@ def test_a_layer_that_is_used_twice_is_split_once(make_model):
         (
             None,
             "blocks",
-            "LlamaForCausalLM declares no block (in _no_split_modules) with a trained",
+            "TwoTasks declares no block with a trained torch.nn.Linear; name the layers with ",
         ),
         (None, "meta", "'model.layers.0.self_attn.q_proj' is on the meta device, expected its"),
     ],
 )
 def test_layers_that_cannot_be_split_are_named(make_model, targets, change, text):
-    model = make_model(tie_word_embeddings=change == "tie")
-    if change == "blocks":
-        model._no_split_modules = None
+    model = make_model(tie_word_embeddings=change == "tie") if change != "blocks" else TwoTasks()
     if change == "meta":
         model.to("meta")
     with pytest.raises(BadInputError) as caught:
@@ -599,8 +599,10 @@ def trainer_world(make_model):
 
 
 def test_options_of_the_command_line(tmp_path):
-    given = {"strategy": "single", "epochs": None, "max_steps": 1, "max_grad_norm": 1.0}
-    given |= {"beta1": 0.9, "beta2": 0.95, "out_dir": tmp_path, "orthogonal_rank_ratio": 0.5}
+    options = inspect.signature(train).parameters
+    fields = {field.name for field in dataclasses.fields(TrainConfig)} | {"beta1", "beta2"}
+    given = {name: option.default for name, option in options.items() if name in fields}
+    given |= {"out_dir": tmp_path, "orthogonal_rank_ratio": 0.5}
     made = make_config(given | {"orthogonal_targets": ["q_proj", "mlp.*"]})
     assert made.orthogonal_targets == ("q_proj", "mlp.*")
     assert make_config(given | {"orthogonal_targets": []}).orthogonal_targets is None

@@ -219,6 +219,8 @@ def _reason_against(
     module: nn.Module, forward: Forward, trial: Callable[[Forward], Tensor]
 ) -> str | None:
     """Try a kernel beside the layer's own forward; return why it cannot take its place."""
+    was_training = module.training
+    module.eval()  # dropout, which adapters may have, would draw another mask for each
     want = trial(inspect.unwrap(type(module).forward))
     try:
         found = trial(forward)
@@ -227,6 +229,8 @@ def _reason_against(
             raise
         first = str(error).splitlines()[0] if str(error) else ""
         return f"its kernel does not run in Triton's interpreter ({type(error).__name__}: {first})"
+    finally:
+        module.train(was_training)
     difference = (found - want).abs().max() / want.abs().max().clamp(min=1e-12)
     if found.shape != want.shape or not difference <= AGREES:
         return f"its kernel computes something else than {type(module).__name__}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from pytest_ranks.errors import BadInputError, did_you_mean
-from pytest_ranks.reference.parallel import find_blocks
+from pytest_ranks.reference.blocks import find_blocks, parameter_owners
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,9 +51,8 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
         targets = {name: module for name, module in linear.items() if id(module) in inside}
         if not targets:
             raise BadInputError(
-                f"orthogonal_rank_ratio: {type(model).__name__} declares no block (in "
-                "_no_split_modules) with a trained torch.nn.Linear; name the layers with "
-                "orthogonal_targets."
+                f"orthogonal_rank_ratio: {type(model).__name__} declares no block with a "
+                "trained torch.nn.Linear; name the layers with orthogonal_targets."
             )
     else:
         for pattern in patterns:
@@ -75,14 +73,10 @@ def check_weights(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     Raises:
         BadInputError: a weight is shared with another layer, or is not there.
     """
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-    )
+    owners = parameter_owners(model)
     for name, module in targets.items():
         weight = module.get_parameter("weight")
-        if owners[id(weight)] > 1:
+        if len(owners[id(weight)]) > 1:
             raise BadInputError(
                 f"orthogonal_targets: the weight of {name!r} is shared with another layer, and a "
                 "split weight cannot be; leave the layer out."
