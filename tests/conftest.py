@@ -43,8 +43,9 @@ SLOW = (
     "test_diagnostic.py",
     "test_training_components.py",
     "test_model_initialization.py",
+    "test_tox_environments.py",
 )
-"""Tests that start ranks, or build every family of models: seconds each, where others take milliseconds."""
+"""Tests that start ranks or sessions, or build every family of models: seconds, where others take milliseconds."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
