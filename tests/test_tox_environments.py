@@ -39,7 +39,8 @@ for name, arguments in json.loads(sys.argv[1]).items():
     chosen, output = Chosen(), io.StringIO()
     with contextlib.redirect_stdout(output):
         status = pytest.main([*arguments, *quiet], [chosen])
-    found[name] = {"status": int(status), "ids": chosen.ids, "left_out": chosen.left_out, "output": output.getvalue()[-2000:]}
+    found[name] = {"status": int(status), "output": output.getvalue()[-2000:]}
+    found[name] |= {"ids": chosen.ids, "left_out": chosen.left_out}
 json.dump(found, open(sys.argv[2], "w"))
 """
 
