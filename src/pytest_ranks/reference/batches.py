@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.reference import collate, data, packing, sampling
+from pytest_ranks.reference import cadence, collate, data, packing, sampling
+from pytest_ranks.reference.cadence import Counter
 from pytest_ranks.reference.packing import PACKERS
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from pytest_ranks.reference.cadence import Progress
     from pytest_ranks.reference.collate import MicroBatch, Row
     from pytest_ranks.reference.config import TrainConfig
     from pytest_ranks.reference.data import Sample, Samples
@@ -34,10 +36,13 @@ class BatchSteps:
     keywords: frozenset[str]
     pad_id: int
     global_batch: int
-    steps_taken: int
-    epoch: int
-    cursor: int
-    """Samples of this epoch that are already trained."""
+    progress: Progress
+    stopping: bool
+    steps_taken = Counter("step", "optimizer steps taken")
+    epoch = Counter("epoch", "passes over the samples that are complete")
+    cursor = Counter("cursor", "samples of this epoch that are already trained")
+    tokens_trained = Counter("tokens", "trained tokens of the whole run")
+    samples_trained = Counter("samples", "samples of the whole run")
 
     # ---- which samples, when ----------------------------------------------------------------
 
@@ -46,14 +51,16 @@ class BatchSteps:
 
         The cursor moves before the yield: it is what a checkpoint after this step holds.
         """
-        while not self.finished():
+        while not (self.stopping or self.finished()):
+            tokens = self.tokens_trained if self.cursor == 0 else -1
             order = self.order(self.epoch)
             remaining = self.cut(self.skip(order, self.cursor), order)
             for number, window in enumerate(remaining, start=1):
                 self.cursor = min(len(order), self.cursor + self.global_batch)
                 yield window, number == len(remaining)
-                if self.finished():
+                if self.stopping or self.finished():
                     return
+            self.check_progress(tokens)
             self.epoch, self.cursor = self.epoch + 1, 0
 
     def order(self, epoch: int) -> list[int]:
@@ -89,13 +96,25 @@ class BatchSteps:
 
     def finished(self) -> bool:
         """Whether the run has come to its end."""
-        if self.config.max_steps is not None:
-            return self.steps_taken >= self.config.max_steps
-        assert self.config.epochs is not None
-        return self.epoch >= self.config.epochs
+        return cadence.is_finished(self.config, self.progress)
 
-    def total_steps(self) -> int:
-        """Count the steps of the whole run, resumed or not.
+    def check_progress(self, tokens: int) -> None:
+        """Refuse to begin another epoch towards a number of tokens after one that had none.
+
+        Raises:
+            BadInputError: the run has as many trained tokens as before the epoch.
+        """
+        if self.config.max_tokens is not None and self.tokens_trained == tokens:
+            raise BadInputError(
+                f"max_tokens={self.config.max_tokens!r} cannot be reached: an epoch of "
+                f"{len(self.samples)} samples trained no token; give labels other than -100."
+            )
+
+    def total_steps(self) -> int | None:
+        """Count the steps of the whole run, resumed or not; None where that cannot be known.
+
+        A run to `max_tokens` is counted through if the samples have an attribute `counted` (the
+        trained tokens of each), as those of `JsonlDataset` do.
 
         Raises:
             BadInputError: an epoch has no step, so that the run would never end or do nothing.
@@ -109,8 +128,25 @@ class BatchSteps:
             )
         if self.config.max_steps is not None:
             return self.config.max_steps
-        assert self.config.epochs is not None
-        return self.config.epochs * steps_per_epoch
+        if self.config.epochs is not None:
+            return self.config.epochs * steps_per_epoch
+        counted = getattr(self.samples, "counted", None)
+        if self.config.max_tokens is None or counted is None:
+            return None
+        return self.steps_to_tokens(self.config.max_tokens, counted)
+
+    def steps_to_tokens(self, tokens: int, counted: Sequence[int]) -> int:
+        """Count the steps in which so many tokens are trained, by walking through the epochs."""
+        steps = reached = epoch = 0
+        while True:
+            before, order = reached, self.order(epoch)
+            for window in self.cut(order, order):
+                steps, reached = steps + 1, reached + sum(counted[index] for index in window)
+                if reached >= tokens:
+                    return steps
+            epoch += 1
+            if reached == before:
+                return steps  # and `check_progress` says why the run ends there
 
     # ---- from samples to tensors ------------------------------------------------------------
 

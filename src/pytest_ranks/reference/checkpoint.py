@@ -1,12 +1,13 @@
-"""Checkpoints: one file that holds everything a run needs to go on as if it had never stopped."""
+"""What a checkpoint holds: everything that a run needs to go on as if it had never stopped.
+
+How its file is written and found again is in `checkpoint_files`.
+"""
 
 from __future__ import annotations
 
-import os
+import copy
 import pickle
 import random
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference.checkpoint_files import checkpoint_path as checkpoint_path
+from pytest_ranks.reference.checkpoint_files import damage, write_checkpoint
+from pytest_ranks.reference.checkpoint_files import find_checkpoint as find_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
     from pytest_ranks.reference.parallel import World
+
+STEP_STRIDE = 1_000_003
+"""What a step moves a seed by where random states begin anew: a prime, far above any number of ranks."""
 
 
 def full_on_cpu(tree: Any) -> Any:
@@ -50,22 +60,22 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler,
-    progress: dict[str, int],
+    progress: dict[str, Any],
     settings: dict[str, Any],
     world: World,
+    write: Callable[[Path, dict[str, Any]], None] = write_checkpoint,
 ) -> None:
     """Write a checkpoint; a collective.
-
-    The file appears whole or not at all: it is written under another name and renamed.
 
     Args:
         path: the file.
         model: the model whose parameters are trained, not its DDP wrapper.
         optimizer: with its state (moments).
         scheduler: the schedule.
-        progress: steps taken, epoch, samples consumed in it.
+        progress: the fields of `cadence.Progress`.
         settings: what a run that resumes must have equal.
         world: the ranks.
+        write: called on rank 0 with the file and all that goes into it.
     """
     state = {
         "model": full_on_cpu(model.state_dict()),
@@ -76,14 +86,17 @@ def save_checkpoint(
         "random": _gather(random_state(world.device), world),
     }
     if world.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write(path, state)
     world.barrier()
+
+
+def staged(state: Any) -> Any:
+    """Return nested state with tensors of its own: what is trained on meanwhile does not reach it.
+
+    On the CPU `full_on_cpu` returns the very tensors that the optimizer changes next. Tensors that
+    share their memory (tied weights) still do, so that a file holds them once.
+    """
+    return copy.deepcopy(state)
 
 
 def load_checkpoint(
@@ -94,8 +107,13 @@ def load_checkpoint(
     scheduler: LRScheduler,
     settings: dict[str, Any],
     world: World,
-) -> dict[str, int]:
+    elastic: bool = False,
+) -> dict[str, Any]:
     """Restore everything that `save_checkpoint` wrote.
+
+    With `elastic`, another number of ranks may go on, if the global batch is the same. They have the
+    same place in the data, moments and schedule; where their number is another one, each rank's
+    random state (dropout) begins anew from seed, rank and step.
 
     Returns:
         The progress.
@@ -104,32 +122,53 @@ def load_checkpoint(
         BadInputError: the file cannot be read, or belongs to another model, world size or setting.
     """
     state = read_checkpoint(path)
-    if len(state["random"]) != world.size:
+    ranks = len(state["random"])
+    if ranks != world.size and not elastic:
         raise BadInputError(
-            f"{path} was written by {len(state['random'])} ranks and cannot be continued exactly "
-            f"by {world.size}; use as many ranks."
+            f"{path} was written by {ranks} ranks and cannot be continued exactly "
+            f"by {world.size}; use as many ranks, or elastic=True."
         )
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
+    before, now = state["settings"], settings
+    if elastic:
+        before, now = by_global_batch(before, ranks), by_global_batch(now, world.size)
+    for name, value in now.items():
+        if before.get(name) != value:
             raise BadInputError(
-                f"{path} was trained with {name}={state['settings'].get(name)!r}, this run has "
+                f"{path} was trained with {name}={before.get(name)!r}, this run has "
                 f"{name}={value!r}; use the same value, or start without resume_from."
             )
     load_parameters(model, state["model"], origin=str(path))
     load_optimizer(optimizer, state["optimizer"], origin=str(path))
     scheduler.load_state_dict(state["scheduler"])
-    set_random_state(state["random"][world.rank], world.device)
+    if ranks == world.size:
+        set_random_state(state["random"][world.rank], world.device)
+    else:
+        seed = settings["seed"] + world.rank + STEP_STRIDE * state["progress"]["step"]
+        torch.manual_seed(seed)
     return dict(state["progress"])
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the file; no code in it is run.
+def by_global_batch(settings: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Return the settings with one number in place of the two that divide it among ranks."""
+    shared = ("micro_batch", "gradient_accumulation_steps")
+    kept = {name: value for name, value in settings.items() if name not in shared}
+    return kept | {"global_batch": settings[shared[0]] * settings[shared[1]] * ranks}
+
+
+def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Read the file, after a look at its checksum; no code in it is run.
+
+    Args:
+        path: the file.
+        mapped: leave tensors in the file, for a caller who asks only whether it can be read.
 
     Raises:
-        BadInputError: there is none, or it is no checkpoint of this trainer.
+        BadInputError: there is none, it is damaged, or it is no checkpoint of this trainer.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if (fault := damage(path)) is not None:
+            raise BadInputError(f"{path} is not a readable checkpoint ({fault}).")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise BadInputError(f"there is no checkpoint {path}.") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -200,29 +239,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu" and "device" in state:
         torch.get_device_module(device).set_rng_state(state["device"])
-
-
-def checkpoint_path(out_dir: Path, step: int) -> Path:
-    """Return the file of the checkpoint after so many steps."""
-    return out_dir / f"checkpoint-{step}.pt"
-
-
-def find_checkpoint(given: Path) -> Path:
-    """Return the file itself, or the newest checkpoint in a folder.
-
-    Raises:
-        BadInputError: the folder has none.
-    """
-    if not given.is_dir():
-        return given
-    steps = [
-        int(match.group(1))
-        for file in given.iterdir()
-        if (match := re.fullmatch(r"checkpoint-(\d+)\.pt", file.name))
-    ]
-    if not steps:
-        raise BadInputError(f"the folder {given} has no checkpoint-<step>.pt to resume from.")
-    return checkpoint_path(given, max(steps))
 
 
 def _gather(value: Any, world: World) -> list[Any]:

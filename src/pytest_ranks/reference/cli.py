@@ -17,10 +17,14 @@ from tqdm import tqdm
 from typer import Argument, Option
 
 from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference import preemption
+from pytest_ranks.reference.cadence import ENDS
 from pytest_ranks.reference.config import TrainConfig
 from pytest_ranks.reference.data import JsonlDataset
+from pytest_ranks.reference.loop_options import also_takes, loop_options
 from pytest_ranks.reference.model import align, load_model, load_tokenizer
 from pytest_ranks.reference.parallel import find_device
+from pytest_ranks.reference.preemption import StopRequest
 from pytest_ranks.reference.pretraining import Blocks
 from pytest_ranks.reference.trainer import Trainer
 
@@ -39,6 +43,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
+@also_takes(loop_options)
 def train(
     model: Annotated[Path, Argument(metavar="MODEL", help="A folder that save_pretrained wrote.")],
     samples: Annotated[Path, Argument(metavar="DATA", help=LINE)],
@@ -66,7 +71,7 @@ def train(
     pack_length: Annotated[int | None, Option(help="Pack by rows: tokens a row.")] = None,
     block_length: Annotated[int | None, Option(help="Pretraining: cut blocks of tokens.")] = None,
     packer: Annotated[str, Option(help="level, lpt or greedy.")] = "lpt",
-    epochs: Annotated[int | None, Option(help="Passes; 1 unless --max-steps is given.")] = None,
+    epochs: Annotated[int | None, Option(help="Passes; 1 unless another end is given.")] = None,
     max_steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
     shuffle: Annotated[bool, Option(help="Another order each epoch.")] = True,
     tail: Annotated[str, Option(help="The short last batch: partial, drop, pad.")] = "partial",
@@ -83,22 +88,39 @@ def train(
     eval_every: Annotated[int | None, Option(help="Steps; default: each epoch.")] = None,
     checkpoint_every: Annotated[int | None, Option(help="Steps; default: never.")] = None,
     resume_from: Annotated[Path | None, Option(help="A checkpoint, or a folder's newest.")] = None,
+    **loop: Any,
 ) -> None:
     """Train MODEL on DATA; write OUT/metrics.jsonl and, at the end, OUT/model."""
-    given = dict(locals())
+    run_until_told({**locals(), **loop})
+
+
+def run_until_told(given: dict[str, Any]) -> None:
+    """Do what the command line says, unless a signal ends it; say what cannot be used.
+
+    Raises:
+        Exit: with status 2 where something cannot be used, 75 where the run was stopped.
+    """
+    given.pop("loop")
     try:
-        run(given)
+        with preemption.listen(StopRequest()) as stop:
+            finished = run(given, stop)
     except BadInputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+    if not finished:
+        raise typer.Exit(preemption.EXIT_STATUS)
 
 
-def run(given: dict[str, Any]) -> None:
+def run(given: dict[str, Any], stop: StopRequest) -> bool:
     """Do what the command line says.
 
     Args:
         given: its arguments and options by name; what is no file is a field of `TrainConfig`.
+        stop: ends the run before its end.
+
+    Returns:
+        Whether the run came to its end.
 
     Raises:
         BadInputError: a file, a folder or a value cannot be used.
@@ -115,7 +137,7 @@ def run(given: dict[str, Any]) -> None:
     if config.strategy != "single":
         start_process_group(config.device)
     try:
-        train_and_export(
+        return train_and_export(
             Trainer(
                 config,
                 model=model,
@@ -123,6 +145,7 @@ def run(given: dict[str, Any]) -> None:
                 tokenizer=tokenizer,
                 eval_samples=checked[1],
                 weights=files["model"] if config.initialization == "sharded" else None,
+                stop=stop,
             )
         )
     finally:
@@ -146,7 +169,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
             f"--strategy=single under torchrun would train {os.environ['WORLD_SIZE']} separate "
             "models; use ddp or fsdp2."
         )
-    if options["epochs"] is None and options["max_steps"] is None:
+    if all(options[name] in (None, False) for name in ENDS):
         options["epochs"] = 1
     options["betas"] = (options.pop("beta1"), options.pop("beta2"))
     options["lora_targets"] = tuple(options["lora_targets"] or ()) or None
@@ -241,37 +264,50 @@ def start_process_group(device: str) -> None:
     dist.init_process_group(backend, device_id=on_device)
 
 
-def train_and_export(trainer: Trainer) -> None:
-    """Train with a progress bar on rank 0, then write the model folder."""
+def train_and_export(trainer: Trainer) -> bool:
+    """Train with a progress bar on rank 0, then write the model folder.
+
+    Returns:
+        Whether the run came to its end; only then is there a model folder.
+    """
     trainer.setup()
     first_rank = trainer.world.rank == 0
     if first_rank and trainer.kernels is not None:
         typer.echo(trainer.kernels, err=True)
-    with tqdm(
-        total=trainer.total_steps(),
-        initial=trainer.steps_taken,
-        unit="step",
-        disable=not first_rank,
-    ) as bar:
+    with progress_bar(trainer) as bar:
         trainer.on_step = show_on(bar)
         history = trainer.train()
     assert trainer.config.out_dir is not None
     out_dir = Path(trainer.config.out_dir)
-    exported = trainer.export(out_dir / "model")
+    tokens = sum(record["tokens"] for record in history)
+    losses = f", loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f}" if history else ""
+    done = f"{len(history)} steps, {tokens} trained tokens{losses}; "
+    if trainer.stopping and not trainer.finished():
+        done += f"stopped after step {trainer.steps_taken}, go on with --resume-from {out_dir}"
+    else:
+        exported = trainer.export(out_dir / "model")
+        done += f"model in {exported}, metrics in {out_dir / 'metrics.jsonl'}"
     if first_rank:
-        tokens = sum(record["tokens"] for record in history)
-        losses = f", loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f}" if history else ""
-        typer.echo(
-            f"{len(history)} steps, {tokens} trained tokens{losses}; "
-            f"model in {exported}, metrics in {out_dir / 'metrics.jsonl'}"
-        )
+        typer.echo(done)
+    return not trainer.stopping or trainer.finished()
 
 
-def show_on(bar: Any) -> Callable[[dict[str, Any]], None]:
+def progress_bar(trainer: Trainer) -> tqdm[Any]:
+    """Return a bar towards the run's end: in tokens where that ends it, else in steps."""
+    tokens = trainer.config.max_tokens
+    return tqdm(
+        total=trainer.total_steps() if tokens is None else tokens,
+        initial=trainer.steps_taken if tokens is None else trainer.tokens_trained,
+        unit="step" if tokens is None else "token",
+        disable=trainer.world.rank != 0,
+    )
+
+
+def show_on(bar: tqdm[Any]) -> Callable[[dict[str, Any]], None]:
     """Return a callback that moves the bar on and shows the step's loss and learning rate."""
 
     def show(record: dict[str, Any]) -> None:
         bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", refresh=False)
-        bar.update()
+        bar.update(record["tokens"] if bar.unit == "token" else 1)
 
     return show

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_ranks.errors import BadInputError, did_you_mean
+from pytest_ranks.reference.cadence import check_loop
 
 CHOICES = {
     "tail": ("partial", "drop", "pad"),
@@ -41,7 +42,11 @@ class TrainConfig:
         packer: "level" (the fewest micro-batches, the least waiting), "lpt" (even loads, few
             micro-batches) or "greedy" (keeps the order).
         max_steps: stop after this many optimizer steps; epochs follow each other as needed.
-        epochs: stop after this many passes over the samples. Exactly one of the two is given.
+        epochs: stop after this many passes over the samples.
+        max_tokens: stop after the step with which this many tokens are trained (those that count
+            towards the loss, over all ranks).
+        until_stopped: go on until a signal or `Trainer.stop` ends the run. Exactly one of the four
+            is given.
         shuffle: draw each epoch in its own order, `randperm(seed + epoch)`.
         seed: of the data order; `seed + rank` seeds each rank's own randomness (dropout).
         tail: the last, short global batch of an epoch: "partial" trains on what there is with its
@@ -76,8 +81,16 @@ class TrainConfig:
         liger: compute with Liger's Triton kernels where the model's layers have one, and the loss.
         device: "auto" (the accelerator if there is one, else cpu), or a torch device.
         eval_every: evaluate every so many steps; None: at the end of each epoch.
-        checkpoint_every: save every so many steps; None: never.
-        resume_from: a checkpoint folder to continue from.
+        eval_at_start: evaluate before the first step too.
+        validation_split: the share of the samples that is held out for evaluation; 0: none.
+        checkpoint_every: save every so many steps; None: not by steps.
+        checkpoint_every_samples: save each time another so many samples are trained.
+        checkpoint_each_epoch: save at the end of each epoch.
+        checkpoint_best: save after each evaluation that is the best so far.
+        keep_checkpoints: keep so many of the newest, and the best; None: all.
+        async_checkpoints: write files in a thread while training goes on.
+        elastic: resume on another number of ranks, with the same global batch.
+        resume_from: a checkpoint, or a folder whose newest whole one is taken.
         out_dir: where metrics and checkpoints go; None: nothing is written.
     """
 
@@ -88,6 +101,8 @@ class TrainConfig:
     packer: str = "lpt"
     max_steps: int | None = None
     epochs: int | None = None
+    max_tokens: int | None = None
+    until_stopped: bool = False
     shuffle: bool = True
     seed: int = 0
     tail: str = "partial"
@@ -114,7 +129,15 @@ class TrainConfig:
     liger: bool = False
     device: str = "auto"
     eval_every: int | None = None
+    eval_at_start: bool = False
+    validation_split: float = 0.0
     checkpoint_every: int | None = None
+    checkpoint_every_samples: int | None = None
+    checkpoint_each_epoch: bool = False
+    checkpoint_best: bool = False
+    keep_checkpoints: int | None = None
+    async_checkpoints: bool = False
+    elastic: bool = False
     resume_from: str | Path | None = None
     out_dir: str | Path | None = None
 
@@ -137,11 +160,7 @@ class TrainConfig:
         self._check_orthogonal()
         self._check_liger()
         self._check_lora()
-        if (self.max_steps is None) == (self.epochs is None):
-            raise BadInputError(
-                f"found max_steps={self.max_steps!r} and epochs={self.epochs!r}; "
-                "give exactly one of them, it says when training ends."
-            )
+        check_loop(self)
         if self.max_tokens_per_rank is not None and self.pack_length is not None:
             raise BadInputError(
                 f"found max_tokens_per_rank={self.max_tokens_per_rank!r} and "
@@ -158,16 +177,12 @@ class TrainConfig:
                 f"initialization={self.initialization!r} gives parameters their values after they "
                 "are cut, and orthogonal_rank_ratio splits whole ones; use initialization='full'."
             )
-        if self.checkpoint_every is not None and self.out_dir is None:
-            raise BadInputError(
-                f"checkpoint_every={self.checkpoint_every!r} needs out_dir, "
-                "the folder that checkpoints go to."
-            )
 
     def _check_counts(self) -> None:
         at_least_one = (
             *("micro_batch", "gradient_accumulation_steps", "max_tokens_per_rank", "pack_length"),
-            *("max_steps", "epochs", "eval_every", "checkpoint_every", "lora_rank"),
+            *("max_steps", "epochs", "max_tokens", "eval_every", "checkpoint_every"),
+            *("checkpoint_every_samples", "keep_checkpoints", "lora_rank"),
         )
         lowest = dict.fromkeys(at_least_one, 1) | {"seed": 0, "warmup_steps": 0}
         optional = {field.name for field in dataclasses.fields(self) if "None" in str(field.type)}

@@ -6,7 +6,7 @@ import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,14 @@ class World:
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value (a collective); those of other ranks do not matter."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

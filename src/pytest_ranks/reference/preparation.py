@@ -10,7 +10,6 @@ import torch
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference import (
     attention,
-    checkpoint,
     initialization,
     liger,
     lora,
@@ -39,6 +38,8 @@ class PreparationSteps(SavingSteps):
         if self.wrapped is not None:
             return
         total_steps = self.total_steps()
+        if total_steps is None:
+            self.check_schedule()
         self.seed()
         self.masters()
         if self.config.lora_rank is not None:
@@ -61,10 +62,23 @@ class PreparationSteps(SavingSteps):
         # After sharding: FSDP2 replaces the parameters, and an optimizer on the old ones would
         # train nothing (https://github.com/pytorch/pytorch/issues/149205).
         self.optimizer = self.build_optimizer(self.parameter_groups())
-        self.scheduler = optimization.make_scheduler(self.optimizer, self.config, total_steps)
+        self.scheduler = optimization.make_scheduler(self.optimizer, self.config, total_steps or 1)
         if self.config.resume_from is not None:
-            self.load(checkpoint.find_checkpoint(Path(self.config.resume_from)))
+            self.load(self.find(Path(self.config.resume_from)))
         self.set_train_mode()
+
+    def check_schedule(self) -> None:
+        """Refuse a learning rate that falls towards an end that cannot be known.
+
+        Raises:
+            BadInputError: it would.
+        """
+        if self.config.schedule != "constant":
+            raise BadInputError(
+                f"schedule={self.config.schedule!r} with max_tokens={self.config.max_tokens!r} "
+                "needs samples with an attribute counted (the trained tokens of each), as "
+                "JsonlDataset has; give them, or use schedule='constant'."
+            )
 
     def seed(self) -> None:
         """Seed each rank's own randomness, once: equal dropout masks on all ranks waste ranks."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_ranks.reference import checkpoint, export, lora
+from pytest_ranks.errors import BadInputError
+from pytest_ranks.reference import cadence, checkpoint, checkpoint_files, export, lora
+from pytest_ranks.reference.background import BackgroundWriter
 from pytest_ranks.reference.batches import BatchSteps
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
@@ -22,6 +28,10 @@ class SavingSteps(BatchSteps):
     """peft's configuration of the adapters; None without any."""
     optimizer: Optimizer
     scheduler: LambdaLR
+    writer: BackgroundWriter | None = None
+    """Writes beside training; None where a save waits for its file."""
+    saved_step: int | None = None
+    """The step that the output folder's newest checkpoint of this run is of."""
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal for a resumed run to go on exactly as it would have."""
@@ -35,18 +45,93 @@ class SavingSteps(BatchSteps):
         data = {"samples": len(self.samples), "data": getattr(self.samples, "fingerprint", None)}
         return {name: getattr(self.config, name) for name in names} | data
 
+    # ---- checkpoints ------------------------------------------------------------------------
+
+    def saving_due(self, *, trained: int, last_of_epoch: bool, best: bool) -> bool:
+        """Whether to save after this step."""
+        return cadence.is_saving_due(
+            self.config, self.progress, trained=trained, last_of_epoch=last_of_epoch, best=best
+        )
+
+    def save_here(self) -> None:
+        """Save into the output folder, if there is one, and this moment is not there already."""
+        if self.config.out_dir is None or self.saved_step == self.steps_taken:
+            return
+        self.save(checkpoint.checkpoint_path(Path(self.config.out_dir), self.steps_taken))
+        self.saved_step = self.steps_taken
+
     def save(self, path: Path) -> None:
         """Write a checkpoint: after the step, with everything that the next one depends on."""
-        progress = {"step": self.steps_taken, "epoch": self.epoch, "cursor": self.cursor}
         checkpoint.save_checkpoint(
             path,
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            progress=progress,
+            progress=dataclasses.asdict(self.progress),
             settings=self.settings(),
             world=self.world,
+            write=self.write,
         )
+
+    def write(self, path: Path, state: dict[str, Any]) -> None:
+        """Write the file, now or beside training, on rank 0."""
+        if self.writer is None:
+            self.write_and_prune(path, state)
+        else:
+            self.writer.submit(self.write_and_prune, path, checkpoint.staged(state))
+
+    def write_and_prune(self, path: Path, state: dict[str, Any]) -> None:
+        """Write the file; then, and only then, let go of older ones."""
+        checkpoint_files.write_checkpoint(path, state)
+        best = state["progress"]["best_step"]
+        if self.config.checkpoint_best and best is not None:
+            checkpoint_files.point_to_best(path.parent, best)
+        if self.config.keep_checkpoints is not None:
+            checkpoint_files.prune(
+                path.parent,
+                newest=state["progress"]["step"],
+                keep=self.config.keep_checkpoints,
+                protected=() if best is None else (best,),
+            )
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Have files written beside training, if asked to, and be done with it at the end."""
+        if not self.config.async_checkpoints:
+            yield
+            return
+        self.writer = BackgroundWriter()
+        try:
+            yield
+        finally:
+            writer, self.writer = self.writer, None
+            writer.close()
+        self.world.barrier()  # no rank leaves before rank 0 has written
+
+    def check_writer(self) -> None:
+        """Raise what went wrong beside training since the last step."""
+        if self.writer is not None:
+            self.writer.check()
+
+    # ---- resuming ---------------------------------------------------------------------------
+
+    def find(self, given: Path) -> Path:
+        """Return the checkpoint to resume from: rank 0 looks, and all ranks take the same.
+
+        Raises:
+            BadInputError: a folder has none.
+        """
+        found: Path | BadInputError | None = None
+        if self.world.rank == 0:
+            try:
+                found = checkpoint.find_checkpoint(given)
+            except BadInputError as error:
+                found = error
+        found = self.world.share(found)
+        if isinstance(found, BadInputError):
+            raise found
+        assert found is not None
+        return found
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint: parameters, moments, schedule, randomness, place in data."""
@@ -57,10 +142,14 @@ class SavingSteps(BatchSteps):
             scheduler=self.scheduler,
             settings=self.settings(),
             world=self.world,
+            elastic=self.config.elastic,
         )
-        self.steps_taken = progress["step"]
-        self.epoch = progress["epoch"]
-        self.cursor = progress["cursor"]
+        self.progress = cadence.Progress(**progress)
+        if (
+            self.config.out_dir is not None
+            and path.parent.resolve() == Path(self.config.out_dir).resolve()
+        ):
+            self.saved_step = self.steps_taken
 
     def export(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the trained model as a folder that `from_pretrained` loads (a collective).

@@ -2,8 +2,8 @@
 
 Each step is a method of a few lines, so that a subclass can change one decision and nothing else.
 Those that choose samples and make tensors are in `batches.py`, those before the first step in
-`preparation.py`, those of forward, loss, backward and optimizer in `updates.py`, checkpoints and
-export in `saving.py`.
+`preparation.py`, those of forward, loss, backward and optimizer in `updates.py`, evaluation in
+`evaluation.py`, checkpoints and export in `saving.py`; `cadence.py` says when.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_ranks.reference import checkpoint, initialization, loss, metrics, parallel
+from pytest_ranks.reference import initialization, metrics, parallel
 from pytest_ranks.reference import model as models
-from pytest_ranks.reference.preparation import PreparationSteps
-from pytest_ranks.reference.updates import UpdateSteps
+from pytest_ranks.reference.cadence import Progress
+from pytest_ranks.reference.evaluation import EvaluationSteps
+from pytest_ranks.reference.preemption import StopRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 FORWARD_KEYWORDS = ("input_ids", "position_ids", "attention_mask", "use_cache")
 
 
-class Trainer(PreparationSteps, UpdateSteps):
+class Trainer(EvaluationSteps):
     """Train a causal language model on tokenised samples.
 
     Every rank makes one with the same arguments and calls `train`. `model` is trained in place
@@ -51,6 +52,7 @@ class Trainer(PreparationSteps, UpdateSteps):
         eval_samples: Samples | None = None,
         on_step: Callable[[Record], None] | None = None,
         weights: str | Path | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """Prepare; nothing is trained and nothing is written yet.
 
@@ -63,6 +65,7 @@ class Trainer(PreparationSteps, UpdateSteps):
             eval_samples: what to evaluate on.
             on_step: called with each record, on rank 0 (a progress bar).
             weights: the folder whose files the ranks read, for `initialization="sharded"`.
+            stop: ends the run after a step when something asks it to (`preemption.listen`).
 
         Raises:
             BadInputError: the arguments do not go together.
@@ -70,9 +73,10 @@ class Trainer(PreparationSteps, UpdateSteps):
         self.config = config
         self.world = parallel.find_world(config)
         self.model = model
-        self.samples = samples
         self.tokenizer = tokenizer
-        self.eval_samples = eval_samples
+        self.samples, self.eval_samples = self.hold_out(samples, eval_samples)
+        self.stop = stop or StopRequest()
+        self.stopping = False
         self.on_step = on_step
         self.weights = weights
         self.lora_settings = None
@@ -82,12 +86,10 @@ class Trainer(PreparationSteps, UpdateSteps):
         self.global_batch = (
             config.micro_batch * config.gradient_accumulation_steps * self.world.size
         )
-        self.lengths = self.measure(samples)
-        self.eval_lengths = None if eval_samples is None else self.measure(eval_samples)
+        self.lengths = self.measure(self.samples)
+        self.eval_lengths = None if self.eval_samples is None else self.measure(self.eval_samples)
         self.history: list[Record] = []
-        self.steps_taken = 0
-        self.epoch = 0
-        self.cursor = 0
+        self.progress = Progress()
         self.wrapped: nn.Module | None = None
         self.optimizer: Optimizer
         self.scheduler: LambdaLR
@@ -96,27 +98,39 @@ class Trainer(PreparationSteps, UpdateSteps):
     # ---- a run ------------------------------------------------------------------------------
 
     def train(self) -> list[Record]:
-        """Train to the end that the config names; return a record for each step.
+        """Train to the end that the config names, or until a stop is requested.
 
         Returns:
-            Records with `step`, `epoch`, `loss` (mean over the global batch's counted tokens), `lr`
-            (that this step used), `grad_norm` (before clipping), `tokens` (counted), `samples`,
-            `seconds`; `eval_loss` where there was an evaluation; `note` on a step that was skipped.
+            A record for each step, with `step`, `epoch`, `loss` (mean over the global batch's
+            counted tokens), `lr` (that this step used), `grad_norm` (before clipping), `tokens`
+            (counted), `samples`, `seconds`; `eval_loss` where there was an evaluation; `note` on a
+            step that was skipped, and where an evaluation was. `stopping` says whether a request
+            ended the run.
         """
         self.setup()
         resumed_at = self.steps_taken if self.config.resume_from is not None else None
-        with metrics.MetricsLog(self.metrics_path(), resumed_at=resumed_at) as self.metrics:
+        log = metrics.MetricsLog(self.metrics_path(), resumed_at=resumed_at)
+        with log as self.metrics, self.writing():
+            self.begin()
             for window, last_of_epoch in self.windows():
-                record = self.train_step(window)
+                record, best = self.train_step(window), False
                 if self.evaluation_due(last_of_epoch=last_of_epoch):
-                    record["eval_loss"] = self.evaluate()
+                    best = self.evaluate_into(record)
                 self.log(record)
-                every = self.config.checkpoint_every
-                if every is not None and self.steps_taken % every == 0:
-                    assert self.config.out_dir is not None
-                    out_dir = Path(self.config.out_dir)
-                    self.save(checkpoint.checkpoint_path(out_dir, self.steps_taken))
+                self.check_writer()
+                if self.saving_due(trained=len(window), last_of_epoch=last_of_epoch, best=best):
+                    self.save_here()
+            if self.stopping:
+                self.save_here()
         return self.history
+
+    def begin(self) -> None:
+        """Agree on a request to stop that came before the first step; evaluate, if that is asked."""
+        self.add_up(torch.zeros((), device=self.world.device))
+        if self.config.eval_at_start and self.steps_taken == 0 and not self.stopping:
+            record: Record = {"step": 0, "epoch": 0}
+            self.evaluate_into(record)
+            self.metrics.write(record)
 
     def train_step(self, window: list[int]) -> Record:
         """Train on one global batch, given as the samples' indices; make one optimizer step."""
@@ -132,7 +146,10 @@ class Trainer(PreparationSteps, UpdateSteps):
         else:
             note = "no token of this batch is trained: no step was made"
             record |= {"loss": 0.0, "grad_norm": 0.0, "note": note}
+            self.add_up(torch.zeros((), device=self.world.device))
         self.steps_taken += 1
+        self.tokens_trained += tokens
+        self.samples_trained += len(window)
         return record | {"seconds": time.perf_counter() - started}
 
     # ---- reports ----------------------------------------------------------------------------
@@ -149,30 +166,3 @@ class Trainer(PreparationSteps, UpdateSteps):
         if self.config.out_dir is None or self.world.rank != 0:
             return None
         return Path(self.config.out_dir) / "metrics.jsonl"
-
-    def evaluation_due(self, *, last_of_epoch: bool) -> bool:
-        """Whether to evaluate after this step."""
-        if self.eval_samples is None:
-            return False
-        if self.config.eval_every is None:
-            return last_of_epoch or self.finished()
-        return self.steps_taken % self.config.eval_every == 0
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Return the mean loss of the evaluation set's tokens, each counted once."""
-        assert self.eval_samples is not None
-        everything = list(range(len(self.eval_samples)))
-        total = torch.zeros((), device=self.world.device)
-        tokens = 0
-        self.model.eval()
-        for start in range(0, len(everything), self.global_batch):
-            window = everything[start : start + self.global_batch]
-            rows = self.shard(self.pack(window, self.eval_lengths))
-            batches = [self.collate(self.draw(each, self.eval_samples)) for each in rows]
-            tokens += self.count(batches)
-            for batch in batches:
-                total += loss.shifted_cross_entropy_sum(self.forward(batch), batch.labels)
-        parallel.reshard(self.model)
-        self.set_train_mode()
-        return self.mean_loss(total, tokens) if tokens else 0.0

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pytest_ranks.reference.collate import MicroBatch
     from pytest_ranks.reference.config import TrainConfig
     from pytest_ranks.reference.parallel import World
+    from pytest_ranks.reference.preemption import StopRequest
 
     Record = dict[str, Any]
 
@@ -31,6 +32,9 @@ class UpdateSteps:
     keywords: frozenset[str]
     optimizer: Optimizer
     scheduler: LambdaLR
+    stop: StopRequest
+    stopping: bool
+    """Whether a rank was asked to stop, as all ranks know it."""
 
     def update(self, batches: list[MicroBatch], tokens: int) -> Record:
         """Add up the gradients of this rank's micro-batches and make one optimizer step."""
@@ -50,14 +54,25 @@ class UpdateSteps:
 
     def mean_loss(self, cross_entropy: Tensor, tokens: int) -> float:
         """Return the mean loss of the global batch's trained tokens, over all ranks."""
-        return float(self.world.sum(cross_entropy).item() / tokens)
+        return float(self.add_up(cross_entropy) / tokens)
+
+    def add_up(self, value: Tensor) -> float:
+        """Return a number's sum over all ranks (a collective).
+
+        Whether a rank was asked to stop goes around with it, so that no further collective is
+        needed: after this one all ranks know.
+        """
+        asked = torch.full_like(value, self.stop.requested)
+        total, asking = self.world.sum(torch.stack([value, asked])).tolist()
+        self.stopping = self.stopping or asking > 0
+        return total  # type: ignore[no-any-return]
 
     # ---- forward and backward ---------------------------------------------------------------
 
     def count(self, batches: list[MicroBatch]) -> int:
         """Count the trained tokens of the global batch: every rank, every micro-batch."""
         counts = [loss.counted_targets(batch.labels) for batch in batches]
-        return int(self.world.sum(torch.stack(counts).sum()).item())
+        return int(self.add_up(torch.stack(counts).sum()))
 
     def sync(self, *, last: bool) -> AbstractContextManager[None]:
         """Hold back gradient reduction until the global batch's last micro-batch."""
