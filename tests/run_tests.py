@@ -22,19 +22,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = {
-    "accelerate": "accelerate",
-    "expecttest": "expecttest",
     "hypothesis": "hypothesis",
     "pytest": "pytest",
-    "pytest_cov": "pytest-cov",
-    "pytest_rerunfailures": "pytest-rerunfailures",
-    "pytest_timeout": "pytest-timeout",
     "torch": "torch",
     "transformers": "transformers",
     "typer": "typer",
     "xdist": "pytest-xdist",
 }
-"""What the tests import, and what it is called where one installs it."""
+"""What test files import, and what it is called where one installs it."""
+
+SKIPPED_WITHOUT = {
+    "accelerate": "accelerate",
+    "expecttest": "expecttest",
+    "lightning": "lightning",
+    "pytest_cov": "pytest-cov",
+    "pytest_rerunfailures": "pytest-rerunfailures",
+    "pytest_timeout": "pytest-timeout",
+}
+"""What some tests are skipped without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     results = run(parts)
     print(summary(results))
+    absent = missing(SKIPPED_WITHOUT)
+    if absent and any(part.name == "tests" for part in parts):
+        print(f"tests that need {', '.join(absent)} were skipped: not installed")
     return int(any(result.status for result in results))
 
 

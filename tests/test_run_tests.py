@@ -43,7 +43,8 @@ def test_a_run_that_passes():
     done = call("--only", "tests", "--", "-n0", "-q", "tests/test_compat_terminal.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed in" in done.stdout
-    *_, line, verdict = done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    line, verdict, *_ = lines[lines.index("==== summary") + 1 :]
     assert line.split()[:2] == ["tests", "passed"]
     assert verdict == "PASSED: 1 of 1"
 
@@ -65,7 +66,7 @@ def test_a_part_that_fails_is_named_and_the_others_run(capfd):
 def test_no_test_that_matches_is_a_failure():
     done = call("--only", "tests", "--", "-n0", "-k", "no_such", "tests/test_compat_terminal.py")
     assert done.returncode == 1
-    assert done.stdout.endswith("FAILED: tests\n")
+    assert "\nFAILED: tests\n" in done.stdout
 
 
 def test_what_is_not_installed_is_named_with_the_command(monkeypatch, capsys):
@@ -76,6 +77,16 @@ def test_what_is_not_installed_is_named_with_the_command(monkeypatch, capsys):
     assert said.startswith("needs no-such-package, found none. Install with\n  ")
     assert "[trainer]' no-such-package\n" in said
     assert said.endswith("pip install tox && tox -e test\n")
+
+
+def test_what_tests_are_skipped_without_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(run_tests, "SKIPPED_WITHOUT", {"no_such_module": "no-such-package"})
+    monkeypatch.setattr(run_tests, "run", lambda parts: [])
+    assert run_tests.main(["--only", "tests"]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("tests that need no-such-package were skipped: not installed\n")
+    assert run_tests.main(["--only", "packing"]) == 0
+    assert "no-such-package" not in capsys.readouterr().out
 
 
 def test_an_unknown_part_is_refused():
