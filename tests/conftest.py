@@ -41,6 +41,7 @@ SLOW = (
     "subjects",
     "test_*_on_ranks.py",
     "test_diagnostic.py",
+    "test_hand_mutants.py",
     "test_training_components.py",
     "test_model_initialization.py",
     "test_tox_environments.py",

@@ -25,12 +25,12 @@ VOCABULARY = 300  # of the byte tokenizer that every tiny model has
 
 @pytest.fixture
 def samples():
-    """Six samples of uneven lengths; one trains nothing, and most begin with a prompt."""
+    """Six samples of uneven lengths; one trains nothing, and every other one begins with a prompt."""
     source = random.Random(0)
     made = []
-    for _ in range(6):
+    for number in range(6):
         ids = [source.randrange(VOCABULARY) for _ in range(source.randint(3, 20))]
-        prompt = source.randrange(len(ids) - 1)
+        prompt = source.randrange(1, len(ids) - 1) if number % 2 else 0
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     made[3]["labels"] = [-100] * len(made[3]["labels"])
     return made
@@ -267,8 +267,8 @@ class TestTrainingIntegration:
     LAYOUTS = (
         {"micro_batch": 4},
         {"micro_batch": 1, "gradient_accumulation_steps": 4},
-        {"micro_batch": 4, "max_tokens_per_rank": 21},
-        {"micro_batch": 2, "gradient_accumulation_steps": 2, "pack_length": 30},
+        {"micro_batch": 4, "max_tokens_per_rank": 60},
+        {"micro_batch": 2, "gradient_accumulation_steps": 2, "pack_length": 40},
         {"micro_batch": 4, "activation_checkpointing": True},
     )
 

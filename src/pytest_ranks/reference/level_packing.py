@@ -18,12 +18,19 @@ from pytest_ranks.reference.packing_bounds import (
     bins_by_size,
     tokens_in_a_row,
 )
+from pytest_ranks.reference.tight_packing import (
+    MOST_SAMPLES,
+    even_by_difference,
+    every_plan,
+    exchange,
+    fill_to_the_brim,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 # A plan whose busiest ranks take at most this much more than the bound is not improved any further.
-GOOD_ENOUGH = 1.0001
+GOOD_ENOUGH = 1.00002
 
 Bins = list[list[int]]  # indices into the lengths
 MicroBatches = list[Bins]  # for each micro-batch, a bin for each rank
@@ -64,7 +71,9 @@ def pack_by_level(
         bound = tokens_in_a_row(longest_first, capacity, world_size)
     else:
         bound = max(-(-sum(weights) // world_size), *weights)
-    return task.improve(found, bound)
+    found = task.improve(found, bound)
+    is_best = len(found) * world_size < fewest + world_size and task.time(found) <= bound
+    return found if is_best or len(lengths) > MOST_SAMPLES else task.best_of_all(found)
 
 
 class Task:
@@ -100,21 +109,33 @@ class Task:
             return self._cut(bins)
         level = [0] * len(levels)
         longest_first = sorted(self._order, key=lambda index: (-self._lengths[index], index))
-        bins = self._spread(self._order, level) or self._best_fit(
-            longest_first, len(levels), self._capacity
+        bins = (
+            self._spread(self._order, level)
+            or self._best_fit(longest_first, len(levels), self._capacity)
+            or fill_to_the_brim(self._lengths, longest_first, self._capacity, len(levels))
         )
         return None if bins is None else self._cut(self._by_weight(bins))
 
     def improve(self, found: MicroBatches, bound: int) -> MicroBatches:
         """Return the same number of micro-batches, with ranks that wait less where that is possible."""
         best, least = found, self.time(found)
-        ways = (self._even_out, self._spread_again)
+        ways = (self._even_out, self._spread_again, self._difference_again)
         for way in ways:
             if least <= GOOD_ENOUGH * bound:
                 break
             other = way(best)
             if other is not None and (time := self.time(other)) < least:
                 best, least = other, time
+        return best
+
+    def best_of_all(self, found: MicroBatches) -> MicroBatches:
+        """Return the fewest micro-batches, of those the ones that wait least: all plans are tried."""
+        best, least = found, (len(found), self.time(found))
+        for bins in every_plan(self._lengths, self._order, self._capacity):
+            bins.extend([] for _ in range(-len(bins) % self._world_size))
+            other = self._cut(self._by_weight(bins))
+            if (reached := (len(other), self.time(other))) < least:
+                best, least = other, reached
         return best
 
     def time(self, micro_batches: MicroBatches) -> int:
@@ -198,14 +219,20 @@ class Task:
             order = sorted(
                 itertools.chain.from_iterable(bins), key=lambda one: (-self._weights[one], one)
             )
-            ways = [bins, self._spread(order, [0] * len(bins)), self._multifit(order, bins)]
-            found.append(
-                min(
-                    (way for way in ways if way is not None),
-                    key=lambda way: max(map(self._weight, way)),
-                )
-            )
+            ways = [
+                bins,
+                self._spread(order, [0] * len(bins)),
+                self._multifit(order, bins),
+                even_by_difference(self._weights, order, len(bins)),
+            ]
+            fitting = [way for way in ways if way is not None and self._fits(way)]
+            best = min(fitting, key=lambda way: max(map(self._weight, way)))
+            evened = exchange(self._weights, best)
+            found.append(evened if self._fits(evened) else best)
         return found
+
+    def _fits(self, bins: Bins) -> bool:
+        return all(sum(map(self._lengths.__getitem__, one)) <= self._capacity for one in bins)
 
     def _multifit(self, order: list[int], bins: Bins) -> Bins | None:
         """Return the bins for the least capacity found at which best-fit decreasing still fits.
@@ -233,3 +260,10 @@ class Task:
         count = len(micro_batches)
         bins = self._spread(self._order, [0] * (count * self._world_size))
         return None if bins is None else self._even_out(self._cut(self._by_weight(bins)))
+
+    def _difference_again(self, micro_batches: MicroBatches) -> MicroBatches | None:
+        """Even out all bins at once, cut by load, and even out each micro-batch."""
+        bins = even_by_difference(self._weights, self._order, len(micro_batches) * self._world_size)
+        if bins is None or not self._fits(bins):
+            return None
+        return self._even_out(self._cut(self._by_weight(bins)))

@@ -228,7 +228,11 @@ def pack_level(
     """
     checked = checked_lengths(lengths, capacity)
     micro_batches = pack_by_level(checked, capacity, world_size, cost=cost)
-    return _plan([bins for bins in micro_batches if any(bins)])
+    found = _plan([bins for bins in micro_batches if any(bins)])
+    if sum(checked) > (len(found.micro_batches) - 1) * capacity * world_size:
+        return found  # fewer could not hold all tokens
+    in_turn = pack_greedy(checked, capacity, world_size)
+    return min(found, in_turn, key=lambda plan: len(plan.micro_batches))
 
 
 def attention_cost(hidden_size: int) -> Callable[[int], int]:
