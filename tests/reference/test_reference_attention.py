@@ -191,7 +191,7 @@ def test_backends_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
     gpu = torch.device("cuda", 0)
     assert attention.missing_for_kernel("flash_attention_2", gpu, "bf16") == (
-        "needs flash-attn, which is not installed: pip install flash-attn"
+        "needs flash-attn, which is not installed: pip install 'pytest-ranks[flash]'"
     )
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
     wanted = "computes in half precision on 'cuda', found precision='fp32'"

@@ -225,7 +225,8 @@ def test_without_peft_one_sentence_says_so(monkeypatch):
     with pytest.raises(BadInputError) as caught:
         trainer_of(tiny_model("llama")).train()
     assert str(caught.value) == (
-        "lora_rank=4 needs peft (import of peft halted; None in sys.modules): pip install peft"
+        "lora_rank=4 needs peft (import of peft halted; None in sys.modules); "
+        "install it with: pip install 'pytest-ranks[lora]'"
     )
 
 

@@ -99,7 +99,7 @@ def missing_for_kernel(name: str, device: torch.device, precision: str) -> str:
         if device.type != "cuda":
             return f"needs a CUDA device, this process computes on {device.type!r}"
         if not is_flash_attn_2_available():
-            return "needs flash-attn, which is not installed: pip install flash-attn"
+            return "needs flash-attn, which is not installed: pip install 'pytest-ranks[flash]'"
     kernel = name == "flash_attention_2" or (name == "varlen" and device.type != "cpu")
     if kernel and precision != "bf16":
         return f"computes in half precision on {device.type!r}, found precision={precision!r}"

@@ -42,7 +42,8 @@ def add_adapters(model: nn.Module, config: TrainConfig) -> Any:
         import peft
     except ImportError as error:
         raise BadInputError(
-            f"lora_rank={config.lora_rank!r} needs peft ({error}): pip install peft"
+            f"lora_rank={config.lora_rank!r} needs peft ({error}); "
+            "install it with: pip install 'pytest-ranks[lora]'"
         ) from error
     rank: Any = config.lora_rank
     alpha: Any = 2 * rank if config.lora_alpha is None else config.lora_alpha
