@@ -88,6 +88,13 @@ class TestJsonlDataset:
         with pytest.raises(IndexError):
             dataset[50]
 
+    def test_a_byte_order_mark_is_no_part_of_a_line(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        marked = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"
+        path.write_bytes(marked + marked)  # two files in one
+        dataset = JsonlDataset(path)
+        assert [list(dataset[index]["input_ids"]) for index in range(2)] == [[1, 2, 3]] * 2
+
     def test_last_line_needs_no_end_and_other_systems_line_ends_are_read(self, tmp_path):
         path = tmp_path / "a.jsonl"
         path.write_bytes(b"\r\n".join(json.dumps(GOOD).encode() for _ in range(3)))
@@ -247,6 +254,36 @@ class TestChatTemplates:
         assert trained(sample, tokenizer) == ["clock<eos>", "noon<eos>"]
         assert tokenizer.decode(sample["input_ids"]).startswith("clock<|user|>time?")
 
+    def test_a_tool_may_say_nothing(self, tmp_path):
+        turns = [*CONVERSATION[:2], {"role": "tool", "content": ""}, CONVERSATION[2]]
+        tokenizer = byte_tokenizer()
+        assert trained(self.read(tmp_path, tokenizer, turns), tokenizer) == ["😀 yes 😀<eos>"]
+
+    def test_arguments_of_a_tool_call_are_an_object_where_the_template_would_quote_a_text(
+        self, tmp_path
+    ):
+        tokenizer = byte_tokenizer()
+        shown = "m.content or m.tool_calls[0].function.arguments"
+        for template, arguments, found in (
+            (f"({shown}) | tojson", {"a": "é"}, '{"a": "é"}<eos>'),
+            (shown, '{"a": "é"}', '{"a": "é"}<eos>'),
+            (f"({shown}) | tojson", '{"a": "é"}', None),
+        ):
+            tokenizer.chat_template = (
+                "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+                "{{ " + template + " }}<eos>{% endgeneration %}{% endif %}{% endfor %}"
+            )
+            call = {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
+            if found is not None:
+                assert trained(self.read(tmp_path, tokenizer, [call]), tokenizer) == [found]
+                continue
+            with pytest.raises(BadInputError) as caught:
+                self.read(tmp_path, tokenizer, [call])
+            assert str(caught.value).endswith(
+                "line 1: messages[0]: 'arguments' of a tool call is a text, which the chat "
+                "template quotes once more; give an object."
+            )
+
     @pytest.mark.parametrize(
         ("template", "messages", "text"),
         [
@@ -276,6 +313,11 @@ class TestChatTemplates:
                 "{{ raise_exception('No system role.') }}",
                 CONVERSATION,
                 "the chat template cannot render 'messages' (No system role).",
+            ),
+            (
+                "{{ raise_exception('') }}",
+                CONVERSATION,
+                "the chat template cannot render 'messages' (TemplateError).",
             ),
             (
                 PLAIN_TEMPLATE,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import re
 
 import pytest
@@ -57,6 +59,26 @@ BAD_LINES = {
         '{"input_ids": [1, NaN], "labels": [1, 2]}',
         "line 2: input_ids[1] is nan; expected a token id: a whole number of at least 0.",
     ),
+    "an id of more than four bytes": (
+        {"input_ids": [1, 2**31], "labels": [1, 2]},
+        "line 2: input_ids[1] is 2147483648; expected a token id: a whole number of at most "
+        "2147483647.",
+    ),
+    "a long value": (
+        {"input_ids": [1, "x" * 5_000_000], "labels": [1, 2]},
+        f"line 2: input_ids[1] is '{'x' * 79}... (5000002 characters); expected a token id: a whole "
+        "number of at least 0.",
+    ),
+    "a key twice": (
+        '{"input_ids": [1, 2], "labels": [1, 2], "labels": [-100, 2]}',
+        "line 2: not JSON that can be read (the key 'labels' is there twice); expected one object "
+        "a line.",
+    ),
+    "many fields": (
+        {f"field{n}": n for n in range(20)},
+        "line 2: the field 'input_ids' is missing; found 'field0', 'field1', 'field2', 'field3', "
+        "'field4', 'field5', 'field6', 'field7' and 12 more.",
+    ),
     "wrong label": (
         {"input_ids": [1, 2], "labels": [1, -1]},
         "line 2: labels[1] is -1; expected a token id: a whole number of at least 0 or -100.",
@@ -94,6 +116,11 @@ BAD_LINES = {
 BAD_TEXTS = {
     "no text": ({"text": 3}, "line 1: 'text' is 3; expected text."),
     "empty text": ({"text": ""}, "line 1: 'text' is empty; leave it out."),
+    "half a surrogate pair": (
+        {"text": "a\ud800b"},
+        "line 1: 'text' has half a surrogate pair, '\\ud800', at character 1: no tokenizer takes "
+        "it; correct what wrote it.",
+    ),
     "empty completion": (
         {"prompt": "a", "completion": ""},
         "line 1: 'completion' is empty; leave it out.",
@@ -121,6 +148,11 @@ BAD_TEXTS = {
     "empty turn": (
         turns(("user", "a"), ("assistant", "")),
         "line 1: messages[1]: 'content' is empty; leave it out.",
+    ),
+    "a turn that another trainer would weigh": (
+        {"messages": [{"role": "assistant", "content": "b", "weight": 0}]},
+        "line 1: messages[0]: 'weight' is 0, and every assistant turn is trained alike; leave the "
+        "field out, or give 'input_ids' and 'labels'.",
     ),
     "a turn of no text": (
         turns(("user", ["a"]), ("assistant", "b")),
@@ -197,6 +229,17 @@ class TestBadInput:
     def test_a_file_that_is_no_text(self, refused, tmp_path):
         (tmp_path / "data.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
         assert refused() == "data.jsonl, line 2 is not UTF-8 text (invalid start byte)."
+
+    def test_a_file_of_another_kind(self, refused, tmp_path):
+        (tmp_path / "data.jsonl").write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+        assert refused() == (
+            "data.jsonl is a gzip file; expected lines of UTF-8 text: unpack or convert it."
+        )
+        os.mkfifo(tmp_path / "pipe")
+        assert refused("pipe") == (
+            "pipe is a pipe or a device, and lines are drawn from their place in a file; write it "
+            "to the disk first."
+        )
 
     def test_other_data_than_the_run_that_is_resumed(self, refused, tmp_path, model_folder):
         write(tmp_path / "data.jsonl", GOOD, {"input_ids": [4, 5], "labels": [4, 5]})

@@ -6,13 +6,14 @@ found as what the template adds to the conversation before it.
 
 from __future__ import annotations
 
+import json
 import re
 from array import array
 from typing import TYPE_CHECKING, Any
 
 from pytest_ranks.errors import BadInputError, did_you_mean
 from pytest_ranks.reference.loss import IGNORED
-from pytest_ranks.reference.records import checked_text
+from pytest_ranks.reference.records import checked_text, shown
 
 if TYPE_CHECKING:
     from pytest_ranks.reference.records import Sample
@@ -49,6 +50,8 @@ def read_messages(record: dict[str, Any], tokenizer: Any, where: str) -> Sample:
     chat = _Chat(tokenizer, record.get("tools"), where)
     turns = [place for place, one in enumerate(messages) if one["role"] == "assistant"]
     text, spans = chat.render(messages)
+    checked_text(text, where=f"{where}: what the chat template makes of 'messages'")
+    _check_arguments(messages, text, where)
     if chat.tagged and len(spans) != len(turns):
         raise BadInputError(
             f"{where}: the chat template's generation tags mark {len(spans)} turns, found "
@@ -61,25 +64,52 @@ def read_messages(record: dict[str, Any], tokenizer: Any, where: str) -> Sample:
 
 def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
-        raise BadInputError(f"{where}: 'messages' is {messages!r}; expected a list of turns.")
+        raise BadInputError(f"{where}: 'messages' is {shown(messages)}; expected a list of turns.")
     for place, one in enumerate(messages):
         here = f"{where}: messages[{place}]"
         if not isinstance(one, dict):
-            raise BadInputError(f"{here} is {one!r}; expected an object with 'role' and 'content'.")
+            raise BadInputError(
+                f"{here} is {shown(one)}; expected an object with 'role' and 'content'."
+            )
         role = one.get("role")
         if role not in ROLES:
             raise BadInputError(
-                f"{here}: 'role' is {role!r}; expected one of {', '.join(ROLES)}."
+                f"{here}: 'role' is {shown(role)}; expected one of {', '.join(ROLES)}."
                 f"{did_you_mean(str(role), ROLES)}"
             )
         if not (role == "assistant" and one.get("tool_calls")):
-            checked_text(one.get("content"), where=f"{here}: 'content'")
+            checked_text(one.get("content"), where=f"{here}: 'content'", empty=role == "tool")
+        if role == "assistant" and one.get("weight", 1) != 1:
+            raise BadInputError(
+                f"{here}: 'weight' is {shown(one['weight'])}, and every assistant turn is trained "
+                "alike; leave the field out, or give 'input_ids' and 'labels'."
+            )
     if not any(one["role"] == "assistant" for one in messages):
         raise BadInputError(
             f"{where}: 'messages' has no turn of the role 'assistant': nothing of it would be "
             "trained; leave the sample out."
         )
     return messages
+
+
+def _check_arguments(messages: list[dict[str, Any]], text: str, where: str) -> None:
+    """Refuse a tool call's arguments given as JSON in a text where the template quotes texts once more.
+
+    Raises:
+        BadInputError: the model would learn to answer with a quoted text in place of an object.
+    """
+    for place, one in enumerate(messages):
+        calls = one.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            owner = call.get("function", call) if isinstance(call, dict) else {}
+            given = owner.get("arguments") if isinstance(owner, dict) else None
+            if not isinstance(given, str) or '"' not in given:
+                continue
+            if json.dumps(given, ensure_ascii=False) in text:
+                raise BadInputError(
+                    f"{where}: messages[{place}]: 'arguments' of a tool call is a text, which the "
+                    "chat template quotes once more; give an object."
+                )
 
 
 class _Chat:
@@ -117,7 +147,7 @@ class _Chat:
                 **self._tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise BadInputError(
                 f"{self._where}: the chat template cannot render 'messages' ({reason})."
             ) from error

@@ -20,6 +20,7 @@ from pytest_ranks.reference.records import (
     format_of,
     other_format,
     read_record,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -182,13 +183,16 @@ class JsonlDataset:
 
     def _parse(self, line: str, *, where: str) -> Sample:
         try:
-            found = json.loads(line)
+            found = json.loads(line, object_pairs_hook=_unique)
         except json.JSONDecodeError as error:
             raise BadInputError(
                 f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a "
                 "line."
             ) from error
-        except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number too long, lists too deep, a key twice
             raise BadInputError(
                 f"{where}: not JSON that can be read ({error}); expected one object a line."
             ) from error
@@ -202,6 +206,16 @@ class JsonlDataset:
                 raise
             other = other_format(own, self.data_format, self._line_numbers[0])
             raise BadInputError(f"{error}{other}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's fields; of a key that is there twice, JSON's reader would drop the first."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} is there twice")
+    return fields
 
 
 def measure(samples: Samples, capacity: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import stat
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,18 @@ from pytest_ranks.errors import BadInputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+NO_TEXT = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+}
+"""What files of other kinds begin with."""
 
 
 class LineFile:
@@ -24,7 +37,7 @@ class LineFile:
         """Look at the file.
 
         Raises:
-            BadInputError: there is none.
+            BadInputError: there is none, or it is a pipe or a device.
         """
         self.path = path
         self._place = path.absolute()
@@ -32,16 +45,23 @@ class LineFile:
         self._stamp = self._look()
         self.checksum = 0
         """Of all lines that were read from the start (CRC-32)."""
+        kind = self._place.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise BadInputError(
+                f"{self.path} is a pipe or a device, and lines are drawn from their place in a "
+                "file; write it to the disk first."
+            )
 
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
         """Yield each line's number, its first byte and its text, without its end.
 
         Raises:
-            BadInputError: the file cannot be read, or a line is not UTF-8.
+            BadInputError: the file cannot be read, is of another kind, or a line is not UTF-8.
         """
         start = self.checksum = 0
         try:
             with self._place.open("rb") as file:
+                self._check_kind(file.peek(8))
                 for number, line in enumerate(file, start=1):
                     yield number, start, self._decode(line, f", line {number}")
                     start += len(line)
@@ -78,9 +98,17 @@ class LineFile:
             raise BadInputError(f"{self.path} cannot be read: {error.strerror}.") from error
         return found.st_size, found.st_mtime_ns, found.st_ino
 
+    def _check_kind(self, head: bytes) -> None:
+        for begins, kind in NO_TEXT.items():
+            if head.startswith(begins):
+                raise BadInputError(
+                    f"{self.path} is a {kind} file; expected lines of UTF-8 text: unpack or "
+                    "convert it."
+                )
+
     def _decode(self, line: bytes, which: str) -> str:
         try:
-            return line.decode("utf-8").rstrip("\r\n")
+            return line.decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise BadInputError(
                 f"{self.path}{which} is not UTF-8 text ({error.reason})."

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 LARGEST_ID = 2**31 - 1
 """What four bytes hold; no vocabulary comes near."""
 
+LONGEST_SHOWN = 80
+"""Characters of a value in a message."""
+
+MOST_FIELDS_SHOWN = 8
+
 FORMATS = {
     "tokens": ("input_ids", "labels"),
     "messages": ("messages",),
@@ -55,7 +60,7 @@ def check_sample(sample: Any, *, where: str) -> Sample:
             raise BadInputError(_missing(field, sample, where))
         if not hasattr(sample[field], "__len__"):
             raise BadInputError(
-                f"{where}: {field!r} is {sample[field]!r}; expected a list of whole numbers."
+                f"{where}: {field!r} is {shown(sample[field])}; expected a list of whole numbers."
             )
     ids, labels = sample["input_ids"], sample["labels"]
     if len(ids) == 0:
@@ -142,10 +147,12 @@ def token_ids(found: Sequence[Any], also: tuple[int, ...], *, where: str) -> arr
     if not plain or min(found, default=0) < 0 or max(found, default=0) > LARGEST_ID:
         for position, token in enumerate(found):
             if type(token) is not int or not (0 <= token <= LARGEST_ID or token in also):
-                further = " or -100" if also else ""
+                bound = f"least 0{' or -100' if also else ''}"
+                if type(token) is int and token > LARGEST_ID:
+                    bound = f"most {LARGEST_ID}"
                 raise BadInputError(
-                    f"{where}[{position}] is {token!r}; expected a token id: a whole number of at "
-                    f"least 0{further}."
+                    f"{where}[{position}] is {shown(token)}; expected a token id: a whole number "
+                    f"of at {bound}."
                 )
     return array("i", found)
 
@@ -154,13 +161,28 @@ def checked_text(found: Any, *, where: str, empty: bool = False) -> str:
     """Return the text if it is one.
 
     Raises:
-        BadInputError: it is something else, or empty where it may not be.
+        BadInputError: it is something else, empty where it may not be, or has half a character.
     """
     if not isinstance(found, str):
-        raise BadInputError(f"{where} is {found!r}; expected text.")
+        raise BadInputError(f"{where} is {shown(found)}; expected text.")
     if not found and not empty:
         raise BadInputError(f"{where} is empty; leave it out.")
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(
+            f"{where} has half a surrogate pair, {found[error.start]!r}, at character "
+            f"{error.start}: no tokenizer takes it; correct what wrote it."
+        ) from error
     return found
+
+
+def shown(found: Any) -> str:
+    """Return how messages show a value: its beginning, where it is long."""
+    text = repr(found)
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def _readers() -> dict[str, Callable[[dict[str, Any], Any, str], Sample]]:
@@ -223,8 +245,11 @@ def _check_known(ids: Sequence[int], tokenizer: Any, where: str) -> None:
 
 
 def _missing(field: str, record: Any, where: str) -> str:
-    found = ", ".join(repr(str(key)) for key in record) or "none"
-    near = did_you_mean(field, [str(key) for key in record])
+    names = [str(key) for key in record]
+    found = ", ".join(map(shown, names[:MOST_FIELDS_SHOWN])) or "none"
+    if len(names) > MOST_FIELDS_SHOWN:
+        found += f" and {len(names) - MOST_FIELDS_SHOWN} more"
+    near = did_you_mean(field, names)
     return f"{where}: the field {field!r} is missing; found {found}.{near}"
 
 
