@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 MOST_WORDS = 20_000_000
 """Machine words that `fill_to_the_brim` may touch, a fraction of a second."""
-MOST_DIFFERENCES = 200_000
-"""Samples times bins that `even_by_difference` works on, a tenth of a second."""
+MOST_DIFFERENCES = 50_000
+"""Samples times bins that `even_by_difference` works on, a twentieth of a second."""
 MOST_EXCHANGES = 40
 """Of samples between two bins of a micro-batch."""
 MOST_SAMPLES = 8
