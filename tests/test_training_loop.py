@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
-import random
 import signal
-import threading
 
 import pytest
+import torch
+import torch.distributed as dist
+from typer.testing import CliRunner
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-import torch.distributed as dist  # noqa: E402
-
-from pytest_ranks import BadInputError  # noqa: E402
-from pytest_ranks.reference import TrainConfig, Trainer, checkpoint_files, preemption  # noqa: E402
-from pytest_ranks.reference.checkpoint import find_checkpoint, read_checkpoint  # noqa: E402
-from pytest_ranks.reference.preemption import StopRequest  # noqa: E402
-
-VOCABULARY = 64
-
-
-def made_samples(count=11):
-    """Uneven lengths, prompts of uneven length: no two ranks ever have the same number of targets."""
-    source = random.Random(3)
-    made = []
-    for _ in range(count):
-        ids = [source.randrange(VOCABULARY) for _ in range(source.randint(3, 24))]
-        prompt = source.randrange(len(ids) - 1)
-        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return made
-
-
-SAMPLES = made_samples()
-TARGETS = [sum(label != -100 for label in sample["labels"][1:]) for sample in SAMPLES]
-
-
-class Counted(list):
-    """Samples that know their targets, as those of a JSONL file do."""
-
-    @property
-    def counted(self):
-        return [sum(label != -100 for label in sample["labels"][1:]) for sample in self]
+from bodies.loop import (
+    PHASES,
+    SAMPLES,
+    SAVING,
+    TARGETS,
+    Counted,
+    Kept,
+    is_equal,
+    make,
+    mean_loss,
+    names,
+    stopping_at,
+    timeless,
+    weights,
+)
+from bodies.torchrun import end, finish, one_of, start, torchrun, wait_for
+from pytest_ranks.models import tiny_model as tiny
+from pytest_ranks.reference import (
+    TrainConfig,
+    Trainer,
+    checkpoint_files,
+    cli,
+    parallel,
+    preemption,
+    trackers,
+)
+from pytest_ranks.reference.checkpoint import find_checkpoint, read_checkpoint
+from pytest_ranks.reference.data import JsonlDataset
+from pytest_ranks.reference.model import load_model
+from pytest_ranks.reference.preemption import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -62,51 +58,6 @@ def model(tiny_model):
     return tiny_model("llama", vocab_size=320, attention_dropout=0.2)
 
 
-def make(model, samples=SAMPLES, *, trainer=Trainer, eval_samples=None, stop=None, **fields):
-    """Build a trainer on a copy of the model."""
-    fields = {"micro_batch": 4, "lr": 1e-2, "device": "cpu"} | fields
-    if not {"epochs", "max_tokens", "until_stopped"} & fields.keys():
-        fields.setdefault("max_steps", 5)
-    return trainer(
-        TrainConfig(**fields),
-        model=copy.deepcopy(model),
-        samples=samples,
-        eval_samples=eval_samples,
-        stop=stop,
-    )
-
-
-def weights(trainer):
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-
-
-def is_equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def timeless(history):
-    return [
-        {name: value for name, value in record.items() if name != "seconds"} for record in history
-    ]
-
-
-def token_losses(model, sample):
-    """The loss of each target, one sample at a time, in float64: shares nothing with the trainer."""
-    exact = copy.deepcopy(model).double().eval()
-    ids = torch.tensor([sample["input_ids"]])
-    logits = exact(input_ids=ids).logits[0].double().log_softmax(-1)
-    return [
-        -logits[place - 1, label]
-        for place, label in enumerate(sample["labels"])
-        if place and label != -100
-    ], exact
-
-
-def mean_loss(model, samples):
-    losses = [float(loss.detach()) for sample in samples for loss in token_losses(model, sample)[0]]
-    return sum(losses) / len(losses)
-
-
 class TestTrainFunction:
     """One optimizer step is the gradient of sum(token losses) / global token count."""
 
@@ -118,16 +69,10 @@ class TestTrainFunction:
         fields |= {"strategy": strategy, "max_steps": 1, "micro_batch": 1}
         trainer = make(model, gradient_accumulation_steps=8 // rank.world_size, **fields)
         record = trainer.train()[0]
-        exact = copy.deepcopy(model).double().eval()
-        total, count = 0.0, sum(TARGETS[:8])
-        for sample in SAMPLES[:8]:
-            logits = exact(input_ids=torch.tensor([sample["input_ids"]])).logits[0].log_softmax(-1)
-            for place, label in enumerate(sample["labels"]):
-                if place and label != -100:
-                    total = total - logits[place - 1, label]
-        (total / count).backward()
-        assert record["tokens"] == count
-        assert record["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-6)
+        loss, exact = mean_loss(model, SAMPLES[:8])
+        loss.backward()
+        assert record["tokens"] == sum(TARGETS[:8])
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
         found, start = weights(trainer), dict(model.named_parameters())
         for name, parameter in exact.named_parameters():
             want = -0.5 * parameter.grad
@@ -205,45 +150,6 @@ class TestTrainingModes:
         assert sum(trained) >= limit > sum(trained[:-1])
         assert expected == len(history)
 
-    def test_schedule_knows_the_last_step_of_a_run_to_tokens(self, model):
-        trainer = make(model, Counted(SAMPLES), max_tokens=sum(TARGETS) + 1, schedule="linear")
-        rates = [record["lr"] for record in trainer.train()]
-        steps = len(rates)
-        assert rates == pytest.approx([1e-2 * (1 - step / steps) for step in range(steps)])
-
-    def test_schedule_to_an_end_that_nobody_knows_is_refused(self, model):
-        with pytest.raises(BadInputError) as caught:
-            make(model, max_tokens=10, schedule="cosine").train()
-        assert str(caught.value) == (
-            "schedule='cosine' with max_tokens=10 needs samples with an attribute counted (the "
-            "trained tokens of each), as JsonlDataset has; give them, or use schedule='constant'."
-        )
-        trainer = make(model, max_tokens=10)
-        assert trainer.total_steps() is None
-        assert trainer.train()[-1]["lr"] == 1e-2
-
-    def test_tokens_that_cannot_be_reached_are_refused(self, model):
-        blank = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 4
-        with pytest.raises(BadInputError) as caught:
-            make(model, blank, max_tokens=10).train()
-        assert str(caught.value) == (
-            "max_tokens=10 cannot be reached: an epoch of 4 samples trained no token; "
-            "give labels other than -100."
-        )
-
-    def test_tokens_are_counted_on_over_a_resume(self, model, tmp_path):
-        fields = {"max_tokens": 2 * sum(TARGETS) - 1, "checkpoint_every": 1}
-        whole = make(model, out_dir=tmp_path, **fields)
-        history = timeless(whole.train())
-        for step in range(1, len(history) + 1):  # among them the end of an epoch
-            resumed = make(
-                model,
-                resume_from=tmp_path / f"checkpoint-{step}.pt",
-                **fields | {"checkpoint_every": None},
-            )
-            assert timeless(resumed.train()) == history[step:]
-            assert is_equal(weights(resumed), weights(whole))
-
     def test_a_run_without_end_goes_on_until_it_is_asked_to_stop(self, model):
         stop = StopRequest()
         trainer = make(model, until_stopped=True, stop=stop)
@@ -254,57 +160,6 @@ class TestTrainingModes:
         assert trainer.stopping
         assert not trainer.finished()
         assert stop.reason == "enough"
-
-    @pytest.mark.parametrize(
-        ("fields", "text"),
-        [
-            (
-                {},
-                "found max_steps=None and epochs=None; give exactly one of them "
-                "(or of max_tokens and until_stopped), it says when training ends.",
-            ),
-            (
-                {"max_tokens": 5, "until_stopped": True},
-                "found max_tokens=5 and until_stopped=True; give exactly one of them, it says when training ends.",
-            ),
-            ({"max_tokens": 0}, "max_tokens=0 is not a whole number of at least 1."),
-            (
-                {"until_stopped": True, "schedule": "linear"},
-                "schedule='linear' ends at the last step, and until_stopped=True has none; "
-                "use schedule='constant', or give max_steps, epochs or max_tokens.",
-            ),
-            (
-                {"epochs": 1, "validation_split": 1.0},
-                "validation_split=1.0 is not a share of at least 0 and below 1.",
-            ),
-            (
-                {"epochs": 1, "validation_split": "0.1"},
-                "validation_split='0.1' is not a share of at least 0 and below 1.",
-            ),
-            (
-                {"epochs": 1, "keep_checkpoints": 0, "out_dir": "x"},
-                "keep_checkpoints=0 is not a whole number of at least 1.",
-            ),
-            *(
-                (
-                    {"epochs": 1, name: value},
-                    f"{name}={value!r} needs out_dir, the folder that checkpoints go to.",
-                )
-                for name, value in (
-                    ("checkpoint_every", 2),
-                    ("checkpoint_every_samples", 2),
-                    ("checkpoint_each_epoch", True),
-                    ("checkpoint_best", True),
-                    ("keep_checkpoints", 2),
-                    ("async_checkpoints", True),
-                )
-            ),
-        ],
-    )
-    def test_what_cannot_be_is_one_sentence(self, fields, text):
-        with pytest.raises(BadInputError) as caught:
-            TrainConfig(**fields)
-        assert str(caught.value) == text
 
 
 class TestValidation:
@@ -324,7 +179,9 @@ class TestValidation:
             **packing,
         )
         trainer.setup()
-        assert trainer.evaluate() == pytest.approx(mean_loss(model, SAMPLES[:7]), rel=1e-6)
+        assert trainer.evaluate() == pytest.approx(
+            mean_loss(model, SAMPLES[:7])[0].item(), rel=1e-6
+        )
 
     def test_training_goes_on_as_if_there_had_been_none(self, model):
         without = make(model, epochs=2)
@@ -337,80 +194,6 @@ class TestValidation:
         assert [record.pop("eval_loss") > 0 for record in history] == [True] * 6
         assert history == plain
         assert evaluating.model.training
-
-    def test_evaluation_before_the_first_step_is_of_the_model_as_it_came(self, model, tmp_path):
-        fields = {"eval_at_start": True, "eval_samples": SAMPLES[:7], "out_dir": tmp_path}
-        history = make(model, max_steps=2, checkpoint_every=1, **fields).train()
-        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [0, 1, 2]
-        assert lines[0]["eval_loss"] == pytest.approx(mean_loss(model, SAMPLES[:7]), rel=1e-6)
-        assert lines[1:] == history
-        make(model, max_steps=3, resume_from=tmp_path, **fields).train()
-        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [0, 1, 2, 3]
-
-    def test_held_out_samples_are_never_trained(self, model):
-        drawn = {"train": [], "eval": []}
-
-        class Spy(Trainer):
-            def sample(self, index, samples):
-                which = "train" if samples is self.samples else "eval"
-                drawn[which].append(samples.indices[index])
-                return super().sample(index, samples)
-
-        samples = [dict(sample) for sample in SAMPLES]
-        trainer = make(model, samples, trainer=Spy, epochs=1, validation_split=0.3, seed=5)
-        history = trainer.train()
-        assert len(drawn["eval"]) == 3
-        assert sorted(drawn["train"] + drawn["eval"]) == list(range(11))
-        held = [SAMPLES[index] for index in drawn["eval"]]
-        assert history[-1]["eval_loss"] == pytest.approx(mean_loss(trainer.model, held), rel=1e-6)
-        again = make(model, samples, epochs=1, validation_split=0.3, seed=5)
-        assert again.eval_samples.indices == drawn["eval"]
-        other = make(model, samples, epochs=1, validation_split=0.3, seed=6)
-        assert other.eval_samples.indices != drawn["eval"]
-        assert again.samples.name(0) == f"sample {again.samples.indices[0]}"
-
-    def test_parts_know_what_the_whole_knows(self, model):
-        trainer = make(model, Counted(SAMPLES), max_tokens=9, validation_split=0.01)
-        assert trainer.samples.counted == [TARGETS[index] for index in trainer.samples.indices]
-        assert len(trainer.eval_samples) == 1
-        assert trainer.total_steps() >= 1
-
-    @pytest.mark.parametrize(
-        ("fields", "text"),
-        [
-            (
-                {"validation_split": 0.99},
-                "validation_split=0.99 of 11 samples leaves none to train on; give more samples or a smaller share.",
-            ),
-            (
-                {"validation_split": 0.5, "eval_samples": SAMPLES},
-                "validation_split=0.5 and samples to evaluate on were both given; give one of them.",
-            ),
-            (
-                {"eval_at_start": True},
-                "eval_at_start=True needs samples to evaluate on; "
-                "give eval_samples (--eval-data), or validation_split.",
-            ),
-            (
-                {"checkpoint_best": True, "out_dir": "x"},
-                "checkpoint_best=True needs samples to evaluate on; "
-                "give eval_samples (--eval-data), or validation_split.",
-            ),
-        ],
-    )
-    def test_what_cannot_be_evaluated_is_refused(self, model, fields, text):
-        with pytest.raises(BadInputError) as caught:
-            make(model, **fields)
-        assert str(caught.value) == text
-
-
-SAVING = {"epochs": 2, "schedule": "cosine", "weight_decay": 0.1}
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("*.pt"))
 
 
 class TestCheckpointing:
@@ -452,322 +235,6 @@ class TestCheckpointing:
         make(model, trainer=Spy, out_dir=tmp_path, epochs=2, **fields).train()
         assert saved == [f"checkpoint-{step}.pt" for step in steps]  # no moment twice
         assert names(tmp_path) == sorted(saved)
-
-    @pytest.mark.parametrize("keep", [1, 2])
-    def test_the_best_is_kept_whatever_its_age(self, model, tmp_path, keep):
-        losses = iter([5.0, 3.0, 4.0, math.nan, 2.0, 6.0, 7.0, 8.0, 9.0])
-
-        class Scripted(Trainer):
-            def evaluate(self):
-                super().evaluate()
-                return next(losses)
-
-        fields = {"checkpoint_every": 1, "checkpoint_best": True, "keep_checkpoints": keep}
-        fields |= {"eval_every": 1, "eval_samples": SAMPLES[:2], "out_dir": tmp_path}
-        trainer = make(model, trainer=Scripted, max_steps=8, **fields)
-        seen = []
-        trainer.on_step = lambda _: seen.append((names(tmp_path), best_of(tmp_path)))
-        trainer.train()
-        # After steps 2, 4 and 7, told at the record of the next one.
-        newest = [f"checkpoint-{step}.pt" for step in range(9 - keep, 9)]
-        assert names(tmp_path) == sorted(["checkpoint-5.pt", "checkpoint-best.pt", *newest])
-        assert best_of(tmp_path) == 5
-        assert [best for _, best in seen] == [None, 1, 2, 2, 2, 5, 5, 5]
-        assert "checkpoint-2.pt" in seen[4][0]
-        assert "checkpoint-2.pt" not in seen[-1][0]
-        resumed = make(model, trainer=Scripted, max_steps=9, resume_from=tmp_path, **fields)
-        resumed.train()  # 9.0 is not the best of the run: its memory came back with it
-        assert best_of(tmp_path) == 5
-        assert (resumed.progress.best_loss, resumed.progress.best_step) == (2.0, 5)
-
-    def test_best_checkpoints_alone(self, model, tmp_path):
-        losses = iter([3.0, 2.0, 2.0, 1.0])
-
-        class Scripted(Trainer):
-            def evaluate(self):
-                return next(losses)
-
-        fields = {"checkpoint_best": True, "eval_every": 1, "eval_samples": SAMPLES[:2]}
-        make(model, trainer=Scripted, max_steps=4, out_dir=tmp_path, **fields).train()
-        assert names(tmp_path) == [f"checkpoint-{which}.pt" for which in (1, 2, 4, "best")]
-        assert best_of(tmp_path) == 4
-
-    def test_later_checkpoints_of_another_run_are_not_counted_when_pruning(self, tmp_path):
-        for step in (2, 4, 6, 50):
-            (tmp_path / f"checkpoint-{step}.pt").write_bytes(b"")
-        checkpoint_files.prune(tmp_path, newest=6, keep=1, protected={2})
-        assert names(tmp_path) == ["checkpoint-2.pt", "checkpoint-50.pt", "checkpoint-6.pt"]
-
-    @pytest.fixture
-    def two(self, model, tmp_path):
-        """A folder with the checkpoints of steps 2 and 4."""
-        make(
-            model, out_dir=tmp_path, checkpoint_every=2, **SAVING | {"epochs": None, "max_steps": 4}
-        ).train()
-        return tmp_path
-
-    @pytest.mark.parametrize("damage", ["empty", "half", "short by one", "bit", "other"])
-    def test_a_damaged_newest_is_skipped_and_that_is_told(self, two, caplog, damage):
-        path = two / "checkpoint-4.pt"
-        content = path.read_bytes()
-        middle = content.index(read_checkpoint(path)["model"]["lm_head.weight"].numpy().tobytes())
-        flipped = bytearray(content)
-        flipped[middle + 100] ^= 1
-        path.write_bytes(
-            {
-                "empty": b"",
-                "half": content[: len(content) // 2],
-                "short by one": content[:-80],
-                "bit": bytes(flipped),
-                "other": b"something else",
-            }[damage]
-        )
-        assert find_checkpoint(two) == two / "checkpoint-2.pt"
-        (record,) = caplog.records
-        assert record.getMessage().startswith(f"skipped a checkpoint: {path} is not a readable")
-        if damage == "bit":
-            assert record.getMessage().endswith(
-                "(its bytes are not those that were written: the checksum differs)."
-            )
-        (two / "checkpoint-2.pt").write_bytes(b"")
-        with pytest.raises(BadInputError) as caught:
-            find_checkpoint(two)
-        assert str(caught.value) == (
-            f"the folder {two} has 2 checkpoints, and none can be read; start without resume_from."
-        )
-
-    def test_a_checkpoint_can_be_loaded_by_torch_alone(self, two):
-        state = torch.load(two / "checkpoint-4.pt", weights_only=True)
-        assert state["progress"]["step"] == 4
-
-    def test_a_file_without_a_checksum_is_read_as_it_is(self, two):
-        path = two / "checkpoint-4.pt"
-        torch.save(read_checkpoint(path), path)
-        assert find_checkpoint(two) == path
-
-    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-    def test_a_crash_at_any_byte_leaves_the_one_before(self, two, model):
-        """The process ends after so many bytes, with all its buffers unwritten."""
-        path, before = two / "checkpoint-2.pt", (two / "checkpoint-2.pt").read_bytes()
-        state = read_checkpoint(two / "checkpoint-4.pt")
-        size = (two / "checkpoint-4.pt").stat().st_size
-        (two / "checkpoint-4.pt").unlink()
-        offsets = sorted({*range(0, size, size // 23), 1, 63, size - 72, size - 71, size - 1})
-        for offset in offsets:
-            crash(two / "checkpoint-4.pt", state, after=offset)
-            assert names(two) == ["checkpoint-2.pt"]
-            assert path.read_bytes() == before
-            assert find_checkpoint(two) == path
-        for phase in ("fsync", "replace"):
-            crash(two / "checkpoint-4.pt", state, at=phase)
-            assert names(two) == ["checkpoint-2.pt"]
-        crash(two / "checkpoint-4.pt", state, at="sync_folder")
-        assert find_checkpoint(two) == two / "checkpoint-4.pt"
-
-    def test_old_ones_are_deleted_only_when_the_new_one_is_there(self, two, model, monkeypatch):
-        def fail(state, file):
-            file.write(b"a part")
-            raise OSError("no space left on device")
-
-        monkeypatch.setattr(torch, "save", fail)
-        fields = {"out_dir": two, "resume_from": two, "max_steps": 5, "keep_checkpoints": 1}
-        with pytest.raises(OSError, match="no space left"):
-            make(model, checkpoint_every=1, **fields).train()
-        assert names(two) == ["checkpoint-2.pt", "checkpoint-4.pt"]
-
-    def test_a_file_written_beside_training_holds_the_moment_it_was_asked_for(
-        self, model, tmp_path, monkeypatch
-    ):
-        """The write of step 1 is held until step 3 is done, and all weights have moved."""
-        fields = {"max_steps": 4, "weight_decay": 0.1}
-        make(model, out_dir=tmp_path / "one", checkpoint_every=1, **fields).train()
-        moved, save = threading.Event(), checkpoint_files.write_checkpoint
-        started = []
-
-        def held(path, state):
-            started.append((path.name, threading.current_thread() is threading.main_thread()))
-            assert moved.wait(60)
-            save(path, state)
-
-        monkeypatch.setattr(checkpoint_files, "write_checkpoint", held)
-        options = {
-            "out_dir": tmp_path / "two",
-            "async_checkpoints": True,
-            "checkpoint_each_epoch": True,
-        }
-        trainer = make(model, SAMPLES[:4], **options, **fields | {"max_steps": None, "epochs": 1})
-        trainer.on_step = None
-        trainer = make(
-            model,
-            checkpoint_every_samples=4,
-            **options | {"checkpoint_each_epoch": False},
-            **fields,
-        )
-        trainer.saving_due = lambda **_: trainer.steps_taken == 1
-        trainer.on_step = lambda record: record["step"] == 3 and moved.set()
-        trainer.train()
-        assert started == [("checkpoint-1.pt", False)]
-        one, two = (tmp_path / name / "checkpoint-1.pt" for name in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes()
-
-    def test_what_goes_wrong_beside_training_ends_it(self, model, tmp_path, monkeypatch):
-        failed = threading.Event()
-
-        def fail(path, state):
-            failed.set()
-            raise OSError("no space left on device")
-
-        monkeypatch.setattr(checkpoint_files, "write_checkpoint", fail)
-        trainer = make(
-            model, out_dir=tmp_path, async_checkpoints=True, checkpoint_every=2, max_steps=50
-        )
-        trainer.on_step = lambda record: record["step"] == 3 and failed.wait(60)
-        with pytest.raises(OSError, match="no space left"):
-            trainer.train()
-        assert 3 <= len(trainer.history) <= 4
-
-    @pytest.mark.ranks(2)
-    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-    def test_other_numbers_of_ranks_go_on_where_that_is_declared(self, rank, tiny_model, strategy):
-        """Two ranks resume what one wrote: the same samples in the same steps, and the same numbers."""
-        model, folder = tiny_model("llama", vocab_size=320), rank.shared_tmp_path
-        alone = {"max_steps": 5, "micro_batch": 2, "gradient_accumulation_steps": 2, "lr": 1e-3}
-        if rank.index == 0:
-            with dist_hidden():
-                whole = make(model, out_dir=folder, checkpoint_every=2, **alone)
-                history = timeless(whole.train())
-        rank.barrier()
-        path = folder / "checkpoint-2.pt"
-        together = alone | {"strategy": strategy, "gradient_accumulation_steps": 1}
-        with pytest.raises(BadInputError) as caught:
-            make(model, resume_from=path, **together).train()
-        assert str(caught.value) == (
-            f"{path} was written by 1 ranks and cannot be continued exactly by 2; use as many "
-            "ranks, or elastic=True."
-        )
-        with pytest.raises(BadInputError, match="with global_batch=4, this run has global_batch=8"):
-            make(model, resume_from=path, elastic=True, **together | {"micro_batch": 4}).train()
-        resumed = make(model, resume_from=path, elastic=True, **together)
-        rest = resumed.train()
-        assert [record["step"] for record in rest] == [3, 4, 5]
-        if rank.index == 0:
-            assert [r["tokens"] for r in rest] == [r["tokens"] for r in history[2:]]
-            losses = [record["loss"] for record in rest]
-            assert losses == pytest.approx([record["loss"] for record in history[2:]], rel=1e-4)
-        draws = rank.gather(torch.rand(1).item())
-        assert draws[0] != draws[1]
-
-    @pytest.mark.ranks(2)
-    def test_all_ranks_take_the_checkpoint_that_rank_0_found(self, rank, tiny_model, monkeypatch):
-        """A file system may show a new file to one machine before it shows it to another."""
-        model, folder = tiny_model("llama", vocab_size=320), rank.shared_tmp_path
-        fields = {"strategy": "ddp", "micro_batch": 2, "out_dir": folder}
-        make(model, checkpoint_every=1, max_steps=3, **fields).train()
-        if rank.index == 1:
-            monkeypatch.setattr(checkpoint_files, "saved_steps", lambda _: [1])
-        resumed = make(model, max_steps=4, resume_from=folder, **fields)
-        assert [record["step"] for record in resumed.train()] == [4]
-        with pytest.raises(BadInputError, match="has no checkpoint-<step>"):
-            make(model, resume_from=folder.parent, **fields).train()
-
-
-def best_of(folder):
-    """The step that `checkpoint-best.pt` stands for."""
-    link = folder / checkpoint_files.BEST
-    return int(os.readlink(link).split("-")[1].removesuffix(".pt")) if link.exists() else None
-
-
-def crash(path, state, *, after=None, at=None):
-    """Write a checkpoint in a process that ends in the middle, at once and without any cleaning up."""
-    child = os.fork()
-    if child == 0:
-        try:
-            write = os.write
-
-            class Dying(checkpoint_files.DigestWriter):
-                written = 0
-
-                def write(self, data):
-                    data = bytes(data)
-                    if after is not None and self.written + len(data) > after:
-                        self.flush()
-                        write(self.fileno(), data[: after - self.written])
-                        os._exit(9)
-                    self.written += len(data)
-                    return super().write(data)
-
-            def end(*_):
-                os._exit(9)
-
-            checkpoint_files.DigestWriter = Dying
-            if at == "fsync":
-                checkpoint_files.os.fsync = end
-            elif at == "replace":
-                checkpoint_files.Path.replace = end
-            elif at == "sync_folder":
-                checkpoint_files.sync_folder = end
-            checkpoint_files.write_checkpoint(path, state)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
-def dist_hidden():
-    """Train alone on a rank, as if there were no process group."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(dist, "is_initialized", lambda: False)
-
-    class Context:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            patch.undo()
-
-    return Context()
-
-
-PHASES = ("setup", "micro-batch", "step", "evaluation", "log", "save")
-
-
-def stopping_at(phase, ask):
-    """A trainer that calls `ask` in the middle of one phase of its third step."""
-
-    class Interrupted(Trainer):
-        def at(self, here):
-            if here == phase and (here == "setup" or self.steps_taken in (2, 3)):
-                ask()
-
-        def setup(self):
-            self.at("setup")
-            super().setup()
-
-        def backward(self, scaled):
-            super().backward(scaled)
-            if self.steps_taken == 2:
-                self.at("micro-batch")
-
-        def step(self):
-            super().step()
-            if self.steps_taken == 2:
-                self.at("step")
-
-        def evaluate(self):
-            if self.steps_taken == 3:
-                self.at("evaluation")
-            return super().evaluate()
-
-        def log(self, record):
-            super().log(record)
-            if record["step"] == 3:
-                self.at("log")
-
-        def save(self, path):
-            super().save(path)
-            if self.steps_taken == 3:
-                self.at("save")
-
-    return Interrupted
 
 
 class TestPreemption:
@@ -815,8 +282,9 @@ class TestPreemption:
             assert "eval_loss" not in trainer.history[-1]
 
     @pytest.mark.ranks(2)
-    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-    @pytest.mark.parametrize("which", [0, 1, None])
+    @pytest.mark.parametrize(
+        ("strategy", "which"), [("ddp", 0), ("ddp", 1), ("ddp", None), ("fsdp2", 1)]
+    )
     def test_one_rank_asks_and_all_stop_at_the_same_step(self, rank, tiny_model, strategy, which):
         model, folder = tiny_model("llama", vocab_size=320), rank.shared_tmp_path
         fields = {
@@ -842,49 +310,192 @@ class TestPreemption:
             assert rank.gather((trainer.steps_taken, trainer.stopping)) == [(reached, True)] * 2
             assert find_checkpoint(out_dir).name == f"checkpoint-{reached}.pt"
 
-    @pytest.mark.ranks(2)
-    def test_agreeing_takes_no_further_collective(self, rank, tiny_model, monkeypatch):
-        calls = []
-        reduce = dist.all_reduce
 
-        def counted(tensor, *args, **kwargs):
-            calls.append(tensor.numel())
-            return reduce(tensor, *args, **kwargs)
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A saved tiny model and generated JSONL, as the command line takes them."""
+    folder = tmp_path_factory.mktemp("job")
+    tiny("llama", vocab_size=320, attention_dropout=0.2).save(folder / "model")
+    tiny("llama", vocab_size=320).save(folder / "plain")
+    lines = [json.dumps(sample) + "\n" for sample in SAMPLES]
+    (folder / "data.jsonl").write_text("".join(lines))
+    return folder
 
-        monkeypatch.setattr(dist, "all_reduce", counted)
-        trainer = make(tiny_model("llama", vocab_size=320), strategy="ddp", max_steps=3)
-        trainer.train()
-        assert calls == [2] + [2, 2] * 3  # before the first step; then tokens and loss of each
 
-    def test_a_batch_without_targets_does_not_delay_it(self, model):
-        blank = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 4
-        trainer = make(model, blank, until_stopped=True)
-        trainer.on_step = lambda record: record["step"] == 2 and trainer.stop.request("test")
-        assert len(trainer.train()) == 3
+OPTIONS = ("model", "data.jsonl", "--device", "cpu", "--lr", 0.01, "--checkpoint-every", 1)
 
-    def test_a_second_signal_ends_the_process_at_once_unless_it_is_the_first_once_more(self):
-        killed, now = [], [100.0]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-            with preemption.listen(StopRequest(), clock=lambda: now[0]) as stop:
-                signal.raise_signal(signal.SIGTERM)
-                now[0] += 1.9
-                signal.raise_signal(signal.SIGINT)
-                assert (killed, stop.reason) == ([], "SIGTERM")
-                now[0] += 0.2
-                signal.raise_signal(signal.SIGINT)
-                assert killed == [(os.getpid(), signal.SIGINT)]
-                assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
-    def test_what_a_signal_prints(self, capfd):
-        with preemption.listen(StopRequest()):
-            signal.raise_signal(signal.SIGUSR1)
-        assert capfd.readouterr().err == (
-            "\nSIGUSR1: the run ends after this step, with a checkpoint; again to end at once\n"
+def steps_of(out):
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_whole(job, steps):
+    """On every rank: what the command line does, without it and without an interruption."""
+    model, tokenizer = load_model(job / "model")
+    fields = {"strategy": "ddp", "micro_batch": 2, "lr": 0.01, "device": "cpu", "max_steps": steps}
+    config = TrainConfig(checkpoint_every=steps, out_dir=job / "whole", **fields)
+    samples = JsonlDataset(job / "data.jsonl")
+    Trainer(config, model=model, tokenizer=tokenizer, samples=samples).train()
+
+
+class TestMainCLI:
+    """`torchrun -m pytest_ranks.reference`, interrupted gently and not gently."""
+
+    @pytest.mark.slow
+    def test_a_run_that_was_killed_and_stopped_went_as_the_uninterrupted_one(self, job, launch):
+        """Kill -9 of all, resumed, SIGTERM to torchrun: the same weights as without, bit for bit."""
+        options = (*OPTIONS, "--micro-batch", 2, "--strategy", "ddp", "--keep-checkpoints", 3)
+        options = (*options, "--out-dir", job / "out", "--until-stopped")
+        out, run = job / "out", start(*options, launcher=torchrun(2), folder=job)
+        try:
+            wait_for(run, (out / "checkpoint-2.pt").exists)
+        finally:
+            end(run)
+        killed = int(find_checkpoint(out).stem.split("-")[1])
+        assert killed >= 2
+
+        run = start(*options, "--resume-from", out, launcher=torchrun(2), folder=job)
+        try:
+            wait_for(run, (out / f"checkpoint-{killed + 4}.pt").exists)
+            os.kill(run.pid, signal.SIGTERM)
+            _, said = finish(run)
+        finally:
+            end(run)
+        assert said.count("SIGTERM: the run ends after this step, with a checkpoint;") == 2
+        stopped = int(find_checkpoint(out).stem.split("-")[1])
+        assert f"{stopped - killed} steps, " in said
+        assert f"stopped after step {stopped}, go on with --resume-from {out}" in said
+        assert f"{killed}step [" in said  # where the bar goes on
+        assert steps_of(out) == list(range(1, stopped + 1))
+        assert not (out / "model").exists()
+
+        launch(train_whole, world_size=2, args=(job, stopped))
+        one, whole = (read_checkpoint(f / f"checkpoint-{stopped}.pt") for f in (out, job / "whole"))
+        for state in (one, whole):
+            for each in state["random"]:
+                del each["python"]  # not seeded: nothing in training draws from it
+        for part in ("model", "optimizer", "scheduler", "progress", "random"):
+            leaves, others = (
+                torch.utils._pytree.tree_leaves(state[part]) for state in (one, whole)
+            )
+            assert len(leaves) == len(others) > 0
+            for leaf, other in zip(leaves, others, strict=True):
+                assert torch.equal(leaf, other) if torch.is_tensor(leaf) else leaf == other, part
+        assert not is_equal(one["model"], load_model(job / "model")[0].state_dict())
+
+    def test_status_of_a_run_that_was_stopped_is_75(self, job, monkeypatch):
+        """The bar's callback stands for whatever the process is at when the signal comes."""
+
+        def show_on(bar):
+            return lambda record: record["step"] == 2 and signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.chdir(job)
+        monkeypatch.setattr(cli, "show_on", show_on)
+        arguments = [*map(str, OPTIONS), "--out-dir", "stopped", "--epochs", "9"]
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 75
+        assert "3 steps, " in result.stdout
+        assert "stopped after step 3, go on with --resume-from stopped" in result.stdout
+        assert find_checkpoint(job / "stopped").name == "checkpoint-3.pt"
+
+
+class TestMetricsLogging:
+    """A record a step, on disk at once; trackers that show it, and that cannot end the run."""
+
+    def test_each_record_is_in_the_file_before_the_next_step(self, model, tmp_path):
+        path, seen = tmp_path / "metrics.jsonl", []
+        trainer = make(model, out_dir=tmp_path)
+        trainer.on_step = lambda _: seen.append(path.read_text())
+        history = trainer.train()
+        for count, text in enumerate(seen, start=1):
+            assert [json.loads(line) for line in text.splitlines()] == history[:count]
+
+    def test_a_torn_last_line_is_written_again(self, model, tmp_path):
+        fields = {"out_dir": tmp_path, "checkpoint_every": 1}
+        make(model, max_steps=3, **fields).train()
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(path.read_text()[:-20])
+        (tmp_path / "checkpoint-3.pt").unlink()
+        make(model, max_steps=4, resume_from=tmp_path, **fields).train()
+        assert steps_of(tmp_path) == [1, 2, 3, 4]
+
+    def test_throughput_is_that_of_a_clock_that_never_goes_back(self, model):
+        kept = Kept()
+        trainer = make(model, trackers=[kept])
+        trainer.clock = iter(range(0, 1000, 4)).__next__
+        history = trainer.train()
+        assert [record["seconds"] for record in history] == [4] * 5
+        assert kept.records == history
+        assert kept.closed == 1
+        found = [trackers.numbers(record)["tokens_per_second"] for record in history]
+        assert found == [record["tokens"] / 4 for record in history]
+        assert "tokens_per_second" not in trackers.numbers({"step": 0, "eval_loss": 1.0})
+
+
+class TestMultiNode:
+    """Who writes is RANK 0 of all nodes; who computes where is the LOCAL_RANK of each."""
+
+    @pytest.mark.ranks(4)
+    def test_rank_0_alone_writes_though_each_node_has_a_local_rank_0(
+        self, rank, tiny_model, monkeypatch
+    ):
+        monkeypatch.setenv("LOCAL_RANK", str(rank.index % 2))
+        folder, kept, said, written = rank.shared_tmp_path, Kept(), [], []
+        write = checkpoint_files.write_checkpoint
+        monkeypatch.setattr(
+            checkpoint_files, "write_checkpoint", lambda *a: (written.append(1), write(*a))
         )
-
-    def test_the_step_that_completes_the_run_is_its_end(self, model):
-        trainer = make(model, max_steps=3)
-        trainer.on_step = lambda record: record["step"] == 2 and trainer.stop.request("test")
+        fields = {"strategy": "ddp", "micro_batch": 1, "out_dir": folder, "checkpoint_every": 1}
+        model = tiny_model("llama", vocab_size=320)
+        trainer = make(model, trackers=[kept], max_steps=2, **fields)
+        trainer.on_step = said.append
         trainer.train()
-        assert trainer.finished()
+        model.config.name_or_path = ""
+        monkeypatch.setattr(
+            type(model), "save_pretrained", lambda *_, **__: written.append("model")
+        )
+        trainer.export(folder / "model")
+        counts = (len(kept.records), len(said), written)
+        assert rank.gather(counts) == [(2, 2, [1, 1, "model"])] + [(0, 0, [])] * 3
+        assert steps_of(folder) == [1, 2]
+        assert len(read_checkpoint(find_checkpoint(folder))["random"]) == 4
+
+    @pytest.mark.ranks(4)
+    def test_the_device_is_that_of_the_local_rank(self, rank, monkeypatch):
+        chosen = []
+        monkeypatch.setenv("LOCAL_RANK", str(rank.index % 2))
+        monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+        found = parallel.find_device("cuda")
+        assert rank.gather(found.index) == [0, 1, 0, 1]
+        assert chosen == [found]
+
+    @pytest.mark.slow
+    def test_two_nodes_of_two_ranks_train_as_one_process(self, job):
+        """Two launchers that meet at a store; the port is the one that the store was given."""
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        options = ("plain", *OPTIONS[1:], "--max-steps", 4, "--strategy", "fsdp2")
+        started = [
+            start(
+                *(*options, "--out-dir", job / "nodes"),
+                launcher=one_of(2, ranks=2, port=store.port, job="loop"),
+                folder=job,
+            )
+            for _ in range(2)
+        ]
+        try:
+            said = [finish(run) for run in started]
+        finally:
+            for run in started:
+                end(run)
+        assert [status for status, _ in said] == [0, 0], said
+        assert sorted(text.count("4 steps, ") for _, text in said) == [0, 1]
+        assert sorted(text.count("| 4/4 [") > 0 for _, text in said) == [False, True]
+        assert steps_of(job / "nodes") == [1, 2, 3, 4]
+        assert len(read_checkpoint(job / "nodes" / "checkpoint-4.pt")["random"]) == 4
+        model, _ = load_model(job / "plain")
+        alone = make(model, max_steps=4, micro_batch=4).train()
+        text = (job / "nodes" / "metrics.jsonl").read_text()
+        together = [json.loads(line) for line in text.splitlines()]
+        for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-2), ("tokens", 0)):
+            values = [record[name] for record in together]
+            assert values == pytest.approx([record[name] for record in alone], rel=tolerance)

@@ -127,3 +127,6 @@ def check_loop(config: TrainConfig) -> None:
             raise BadInputError(
                 f"{name}={found!r} needs out_dir, the folder that checkpoints go to."
             )
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and config.out_dir is None:
+            raise BadInputError(f"{name}=True needs out_dir, the folder that its files go to.")

@@ -26,6 +26,7 @@ from pytest_ranks.reference.model import align, load_model, load_tokenizer
 from pytest_ranks.reference.parallel import find_device
 from pytest_ranks.reference.preemption import StopRequest
 from pytest_ranks.reference.pretraining import Blocks
+from pytest_ranks.reference.trackers import throughput
 from pytest_ranks.reference.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -307,7 +308,10 @@ def show_on(bar: tqdm[Any]) -> Callable[[dict[str, Any]], None]:
     """Return a callback that moves the bar on and shows the step's loss and learning rate."""
 
     def show(record: dict[str, Any]) -> None:
-        bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", refresh=False)
+        speed = throughput(record)
+        shown = {} if speed is None else {"tokens/s": f"{speed:.0f}"}
+        shown |= {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.2e}"}
+        bar.set_postfix(shown, refresh=False)
         bar.update(record["tokens"] if bar.unit == "token" else 1)
 
     return show

@@ -92,6 +92,8 @@ class TrainConfig:
         elastic: resume on another number of ranks, with the same global batch.
         resume_from: a checkpoint, or a folder whose newest whole one is taken.
         out_dir: where metrics and checkpoints go; None: nothing is written.
+        tensorboard: write event files for TensorBoard there too.
+        wandb: log to Weights & Biases; project, key and mode are those of the environment.
     """
 
     micro_batch: int = 1
@@ -140,6 +142,8 @@ class TrainConfig:
     elastic: bool = False
     resume_from: str | Path | None = None
     out_dir: str | Path | None = None
+    tensorboard: bool = False
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained.

@@ -22,6 +22,8 @@ def loop_options(
     keep_checkpoints: Annotated[int | None, Option(help="The newest; default: all.")] = None,
     async_checkpoints: Annotated[bool, Option(help="Write while training goes on.")] = False,
     elastic: Annotated[bool, Option(help="Resume on another number of ranks.")] = False,
+    tensorboard: Annotated[bool, Option(help="Event files in OUT/tensorboard.")] = False,
+    wandb: Annotated[bool, Option(help="Log to Weights & Biases too.")] = False,
 ) -> dict[str, Any]:
     """Return the options by name."""
     return dict(locals())

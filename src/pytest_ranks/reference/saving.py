@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
 
+    from pytest_ranks.reference.metrics import MetricsLog
+
 
 class SavingSteps(BatchSteps):
     """The steps of `Trainer` that write and read files; each can be overridden there."""
 
+    metrics: MetricsLog
     tokenizer: Any
     lora_settings: Any
     """peft's configuration of the adapters; None without any."""
@@ -57,6 +60,7 @@ class SavingSteps(BatchSteps):
         """Save into the output folder, if there is one, and this moment is not there already."""
         if self.config.out_dir is None or self.saved_step == self.steps_taken:
             return
+        self.metrics.sync()  # records are on the disk before the checkpoint that they led to
         self.save(checkpoint.checkpoint_path(Path(self.config.out_dir), self.steps_taken))
         self.saved_step = self.steps_taken
 

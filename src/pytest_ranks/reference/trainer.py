@@ -9,19 +9,20 @@ Those that choose samples and make tensors are in `batches.py`, those before the
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_ranks.reference import initialization, metrics, parallel
+from pytest_ranks.reference import initialization, metrics, parallel, trackers
 from pytest_ranks.reference import model as models
 from pytest_ranks.reference.cadence import Progress
 from pytest_ranks.reference.evaluation import EvaluationSteps
 from pytest_ranks.reference.preemption import StopRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from pytest_ranks.reference.config import TrainConfig
     from pytest_ranks.reference.data import Samples
+    from pytest_ranks.reference.trackers import Tracker
 
     Record = dict[str, Any]
 
@@ -53,6 +55,7 @@ class Trainer(EvaluationSteps):
         on_step: Callable[[Record], None] | None = None,
         weights: str | Path | None = None,
         stop: StopRequest | None = None,
+        own_trackers: Sequence[Tracker] = (),
     ) -> None:
         """Prepare; nothing is trained and nothing is written yet.
 
@@ -66,6 +69,7 @@ class Trainer(EvaluationSteps):
             on_step: called with each record, on rank 0 (a progress bar).
             weights: the folder whose files the ranks read, for `initialization="sharded"`.
             stop: ends the run after a step when something asks it to (`preemption.listen`).
+            own_trackers: shown each record, on rank 0; closed at the end of `train`.
 
         Raises:
             BadInputError: the arguments do not go together.
@@ -77,6 +81,8 @@ class Trainer(EvaluationSteps):
         self.samples, self.eval_samples = self.hold_out(samples, eval_samples)
         self.stop = stop or StopRequest()
         self.stopping = False
+        self.own_trackers = own_trackers
+        trackers.check_installed(config)
         self.on_step = on_step
         self.weights = weights
         self.lora_settings = None
@@ -95,6 +101,9 @@ class Trainer(EvaluationSteps):
         self.scheduler: LambdaLR
         self.metrics: metrics.MetricsLog
 
+    clock = staticmethod(time.perf_counter)
+    """Seconds that never go back; what records call `seconds` is measured with it."""
+
     # ---- a run ------------------------------------------------------------------------------
 
     def train(self) -> list[Record]:
@@ -108,9 +117,7 @@ class Trainer(EvaluationSteps):
             ended the run.
         """
         self.setup()
-        resumed_at = self.steps_taken if self.config.resume_from is not None else None
-        log = metrics.MetricsLog(self.metrics_path(), resumed_at=resumed_at)
-        with log as self.metrics, self.writing():
+        with self.reporting(), self.writing():
             self.begin()
             for window, last_of_epoch in self.windows():
                 record, best = self.train_step(window), False
@@ -130,11 +137,11 @@ class Trainer(EvaluationSteps):
         if self.config.eval_at_start and self.steps_taken == 0 and not self.stopping:
             record: Record = {"step": 0, "epoch": 0}
             self.evaluate_into(record)
-            self.metrics.write(record)
+            self.report(record)
 
     def train_step(self, window: list[int]) -> Record:
         """Train on one global batch, given as the samples' indices; make one optimizer step."""
-        started = time.perf_counter()
+        started = self.clock()
         rows = self.shard(self.pack(window, self.lengths))
         batches = [self.collate(self.draw(each, self.samples)) for each in rows]
         tokens = self.count(batches)
@@ -150,16 +157,37 @@ class Trainer(EvaluationSteps):
         self.steps_taken += 1
         self.tokens_trained += tokens
         self.samples_trained += len(window)
-        return record | {"seconds": time.perf_counter() - started}
+        return record | {"seconds": self.clock() - started}
 
     # ---- reports ----------------------------------------------------------------------------
 
     def log(self, record: Record) -> None:
         """Keep a record; a loss that is not finite is shown as it is."""
         self.history.append(record)
-        self.metrics.write(record)
+        self.report(record)
         if self.on_step is not None and self.world.rank == 0:
             self.on_step(record)
+
+    def report(self, record: Record) -> None:
+        """Write a record down, and show it to the trackers; both are there on rank 0 only."""
+        self.metrics.write(record)
+        self.trackers.log(record)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Have the metrics file and the trackers open, however the run ends."""
+        resumed_at = self.steps_taken if self.config.resume_from is not None else None
+        shown: list[Tracker] = []
+        if self.world.rank == 0:
+            shown = [*self.own_trackers]
+            if self.config.out_dir is not None:
+                shown += trackers.make_trackers(self.config, resumed_at=resumed_at)
+        self.trackers = trackers.Trackers(shown)
+        try:
+            with metrics.MetricsLog(self.metrics_path(), resumed_at=resumed_at) as self.metrics:
+                yield
+        finally:
+            self.trackers.close()
 
     def metrics_path(self) -> Path | None:
         """Return the file that rank 0 writes its records to."""
