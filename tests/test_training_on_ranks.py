@@ -39,6 +39,9 @@ class SyncTurnedOff(Trainer):
         wrapped.set_requires_gradient_sync(False)
         return wrapped
 
+    def check_gradients(self):  # which refuses this: the bodies must find it by themselves
+        pass
+
 
 @pytest.mark.ranks(1)
 class TestSingleDeviceTraining:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_ranks.reference import liger, loss, optimization, orthogonal, parallel
+from pytest_ranks.reference import gradients, liger, loss, optimization, orthogonal, parallel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,6 +44,7 @@ class UpdateSteps:
                 cross_entropy = self.cross_entropy(self.forward(batch), batch.labels)
                 self.backward(self.scale(cross_entropy, tokens))
             total += cross_entropy.detach()
+        self.check_gradients()
         self.project_gradients()
         grad_norm = self.clip()
         self.step()
@@ -119,6 +120,14 @@ class UpdateSteps:
         torch.autograd.backward(scaled)
 
     # ---- the update -------------------------------------------------------------------------
+
+    def check_gradients(self) -> None:
+        """Refuse to step on gradients that were not reduced over the ranks.
+
+        Raises:
+            BadInputError: they were not.
+        """
+        gradients.check_arrived(self.model, self.config.strategy)
 
     def project_gradients(self) -> None:
         """Keep the gradient of split weights out of what they freeze; before it is measured."""
