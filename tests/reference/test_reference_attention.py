@@ -117,21 +117,43 @@ def test_sharded_models_train_the_same_with_it(rank, initialization):
         torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-5)
 
 
+def attend_across(module, query, key, value, attention_mask, *, scaling=None, **_rest):
+    """Attend as one who never heard of documents: causal over the whole row."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(group, 1) for each in (key, value))
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling
+    )
+    return found.transpose(1, 2), None
+
+
+def attend_by_single_rows(module, query, key, value, attention_mask, **rest):
+    """Look for documents in batches of one row only, as transformers does before flash-attn."""
+    attend = attention.varlen_attention if len(query) == 1 else attend_across
+    return attend(module, query, key, value, attention_mask, **rest)
+
+
+def attend_to_nothing(module, query, key, value, attention_mask, **rest):
+    return torch.full_like(query, torch.nan).transpose(1, 2), None
+
+
 @pytest.fixture
-def leaking():
-    """An attention that never heard of documents: causal over the whole row."""
+def register():
+    names = []
 
-    def attend(module, query, key, value, attention_mask, *, scaling=None, **_rest):
-        group = query.shape[1] // key.shape[1]
-        key, value = (each.repeat_interleave(group, 1) for each in (key, value))
-        found = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling
-        )
-        return found.transpose(1, 2), None
+    def register_attention(attend):
+        names.append(attend.__name__)
+        AttentionInterface.register(attend.__name__, attend)
+        return attend.__name__
 
-    AttentionInterface.register("leaking", attend)
-    yield "leaking"
-    AttentionInterface._global_mapping.pop("leaking")
+    yield register_attention
+    for name in names:
+        AttentionInterface._global_mapping.pop(name)
+
+
+@pytest.fixture
+def leaking(register):
+    return register(attend_across)
 
 
 def test_an_attention_that_leaks_does_not_pack(leaking):
@@ -156,6 +178,52 @@ def test_an_attention_that_leaks_is_refused_when_it_is_compared(leaking, monkeyp
     )
     assert text.endswith("of the largest, expected at most 1e-04; use attention='sdpa'.")
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_gives_nan_is_refused_when_it_is_compared(register, monkeypatch):
+    name = register(attend_to_nothing)
+    monkeypatch.setattr(attention, "register_varlen", lambda: name)
+    model = tiny_model("llama")
+    with pytest.raises(BadInputError, match="differ from those with 'sdpa' by nan of the largest"):
+        choose(model, "varlen")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_knows_documents_in_one_row_only_packs_one_row(register):
+    name = register(attend_by_single_rows)
+    fields = {"max_tokens_per_rank": None, "pack_length": 16}
+
+    def make():
+        model = tiny_model("llama")
+        model.set_attn_implementation(name)
+        return model
+
+    with pytest.raises(BadInputError) as caught:
+        trainer_of(make(), micro_batch=2, **fields).train()
+    assert str(caught.value) == (
+        "pack_length: LlamaForCausalLM keeps packed documents apart in one row and not in the "
+        "micro_batch=2 rows of one forward, as with flash-attn; use micro_batch=1 with more "
+        "gradient_accumulation_steps, or attention='sdpa'."
+    )
+    trainer_of(make(), micro_batch=1, gradient_accumulation_steps=4, **fields).train()
+    trainer_of(make(), micro_batch=4).train()  # packed by step: always one row a forward
+    trainer_of(tiny_model("llama"), micro_batch=2, **fields).train()
+
+
+def test_under_autocast_the_kernel_gets_one_half_precision_dtype(monkeypatch):
+    """Rotary embeddings leave query and key in float32; the kernel on CUDA takes no such mixture."""
+    plain, seen = attention._attend_one_by_one, set()
+
+    def watching(query, key, value, *rest, **named):
+        seen.update({query.dtype, key.dtype, value.dtype})
+        return plain(query, key, value, *rest, **named)
+
+    monkeypatch.setattr(attention, "_attend_one_by_one", watching)
+    trainer = trainer_of(tiny_model("llama"), attention="varlen", precision="bf16")
+    trainer.setup()
+    seen.clear()
+    trainer.train()
+    assert seen == {torch.bfloat16}
 
 
 def test_what_the_kernel_lacks_is_refused_by_name():

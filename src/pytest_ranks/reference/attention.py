@@ -79,9 +79,9 @@ def choose_attention(
                 f"of its own, {before!r}; use attention='auto'."
             )
         found = _probe(model, keywords)
-    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    difference = ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
     allowed = CLOSE if device.type == "cpu" or used in ("sdpa", "eager") else CLOSE_IN_HALF
-    if difference > allowed:
+    if not difference <= allowed:  # nan neither
         model.set_attn_implementation(before)
         raise BadInputError(
             f"attention={name!r} is not for {type(model).__name__}: its logits differ from those "
@@ -184,6 +184,10 @@ def varlen_attention(
             "variable-length attention does not have; use attention='sdpa' or 'eager'."
         )
     assert position_ids is not None
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave query and key in float32 there, and the kernel takes neither.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (each.to(dtype) for each in (query, key, value))
     rows, heads, length, _ = query.shape
     bounds, longest = document_bounds(position_ids.expand(rows, length))
     shared = heads // key.shape[1]  # torch 2.11's kernel has no grouped heads

@@ -109,16 +109,18 @@ def accepted_keywords(forward: Callable[..., Any], names: tuple[str, ...]) -> fr
 
 
 @torch.no_grad()
-def keeps_documents_apart(model: nn.Module, keywords: frozenset[str]) -> bool:
+def keeps_documents_apart(model: nn.Module, keywords: frozenset[str], *, rows: int = 1) -> bool:
     """Whether packed documents do not see each other: a property of the model, found by trying.
 
     Two documents share a row; when the first one changes, the logits of the second must stay. Many
     models accept position_ids and let documents leak all the same: state space models, ALiBi,
-    positions counted from the mask.
+    positions counted from the mask. With flash-attn transformers looks for documents in batches of
+    one row only.
 
     Args:
         model: on its device, not yet sharded; its mode is put back.
         keywords: those that its forward accepts.
+        rows: how many rows of two documents go through one forward.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -126,8 +128,8 @@ def keeps_documents_apart(model: nn.Module, keywords: frozenset[str]) -> bool:
     logits = []
     for first in (0, 1):
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([[first, 1, 0, 1, 0, 1, 0, 1]], device=device),
-            "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device),
+            "input_ids": torch.tensor([[first, 1, 0, 1, 0, 1, 0, 1]] * rows, device=device),
+            "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * rows, device=device),
             "attention_mask": None,
             "use_cache": False,
         }

@@ -122,6 +122,14 @@ class PreparationSteps(SavingSteps):
                 "pack_length; models that go by position_ids (Llama, Qwen, GPT-2 and most others) "
                 "can be packed."
             )
+        several = self.config.pack_length is not None and self.config.micro_batch > 1
+        if several and not models.keeps_documents_apart(self.model, self.keywords, rows=2):
+            raise BadInputError(
+                f"pack_length: {type(self.model).__name__} keeps packed documents apart in one row "
+                f"and not in the micro_batch={self.config.micro_batch!r} rows of one forward, as "
+                "with flash-attn; use micro_batch=1 with more gradient_accumulation_steps, or "
+                "attention='sdpa'."
+            )
 
     def apply_kernels(self) -> liger.KernelReport:
         """Let layers compute with Liger's kernels; while they are whole, so that each can be tried."""
