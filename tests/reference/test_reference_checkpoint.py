@@ -109,6 +109,14 @@ def test_an_interrupted_write_leaves_the_checkpoint_before_it(make_model, sample
         ({"seed": 1}, "was trained with seed=0, this run has seed=1; use the same value"),
         ({"micro_batch": 4}, "was trained with micro_batch=2, this run has micro_batch=4"),
         ({"optimizer": "sgd"}, "was trained with optimizer='adamw', this run has optimizer='sgd'"),
+        ({"lr": 0.5}, "was trained with lr=0.01, this run has lr=0.5"),
+        ({"betas": (0.5, 0.95)}, "this run has betas=(0.5, 0.95)"),
+        ({"eps": 1e-3}, "this run has eps=0.001"),
+        ({"weight_decay": 0.5}, "this run has weight_decay=0.5"),
+        ({"schedule": "linear"}, "this run has schedule='linear'"),
+        ({"warmup_steps": 9}, "this run has warmup_steps=9"),
+        ({"max_grad_norm": 9.0}, "this run has max_grad_norm=9.0"),
+        ({"precision": "bf16"}, "this run has precision='bf16'"),
     ],
 )
 def test_run_that_would_go_on_otherwise_is_refused(make_model, samples, tmp_path, fields, text):
@@ -116,6 +124,18 @@ def test_run_that_would_go_on_otherwise_is_refused(make_model, samples, tmp_path
     with pytest.raises(BadInputError) as caught:
         trained(make_model, samples, resume_from=tmp_path / "checkpoint-3.pt", **fields)
     assert text in str(caught.value)
+
+
+def test_a_longer_run_is_another_where_the_schedule_falls_to_its_end(make_model, samples, tmp_path):
+    for schedule in ("constant", "cosine"):
+        fields = {"schedule": schedule, "out_dir": tmp_path / schedule, "epochs": None}
+        trained(make_model, samples, max_steps=2, checkpoint_every=2, **fields)
+        more = {"max_steps": 3, "resume_from": tmp_path / schedule, **fields}
+        if schedule == "constant":
+            assert [record["step"] for record in trained(make_model, samples, **more)[1]] == [3]
+            continue
+        with pytest.raises(BadInputError, match="with schedule_ends_at=2, this run has schedule_e"):
+            trained(make_model, samples, **more)
 
 
 def test_other_data_models_and_files_are_refused(make_model, samples, tmp_path):
@@ -132,7 +152,10 @@ def test_other_data_models_and_files_are_refused(make_model, samples, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInputError, match=r"has no checkpoint-<step>\.pt to resume from"):
         trained(make_model, samples, resume_from=tmp_path / "empty")
-    for content in (b"", b"not a checkpoint", path.read_bytes()[:1000]):
+    (tmp_path / "torn.pt").write_bytes(b"not a checkpoint")  # torch advises to run what is in it
+    with pytest.raises(BadInputError, match=r"\(it is no archive of plain tensors\)\.$"):
+        trained(make_model, samples, resume_from=tmp_path / "torn.pt")
+    for content in (b"", path.read_bytes()[:1000]):
         (tmp_path / "torn.pt").write_bytes(content)
         with pytest.raises(BadInputError, match=r"torn\.pt is not a readable checkpoint"):
             trained(make_model, samples, resume_from=tmp_path / "torn.pt")

@@ -41,9 +41,8 @@ def model(tiny_model):
 @pytest.fixture
 def two(model, tmp_path):
     """A folder with the checkpoints of steps 2 and 4."""
-    make(
-        model, out_dir=tmp_path, checkpoint_every=2, **SAVING | {"epochs": None, "max_steps": 4}
-    ).train()
+    fields = {"epochs": None, "max_steps": 4, "schedule": "constant"}
+    make(model, out_dir=tmp_path, checkpoint_every=2, **SAVING | fields).train()
     return tmp_path
 
 
@@ -102,7 +101,8 @@ def test_old_ones_are_deleted_only_when_the_new_one_is_there(two, model, monkeyp
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    fields = {"out_dir": two, "resume_from": two, "max_steps": 5, "keep_checkpoints": 1}
+    fields = {"out_dir": two, "resume_from": two, "keep_checkpoints": 1}
+    fields |= {"max_steps": 5, "weight_decay": SAVING["weight_decay"]}
     with pytest.raises(OSError, match="no space left"):
         make(model, checkpoint_every=1, **fields).train()
     assert names(two) == ["checkpoint-2.pt", "checkpoint-4.pt"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from pytest_ranks.models import byte_tokenizer
 from pytest_ranks.reference import TrainConfig
-from pytest_ranks.reference.cli import app, train
+from pytest_ranks.reference.cli import app, tell, train
 from pytest_ranks.reference.model import load_model
 
 
@@ -85,6 +86,7 @@ def test_resuming_goes_on_where_the_run_stopped(folder):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        (("cut", "data.jsonl"), "error: cut cannot be loaded: Error while deserializing header: "),
         (("none", "data.jsonl"), "error: none has no config.json; expected a folder that save_pre"),
         (("model", "none.jsonl"), "error: none.jsonl cannot be read: No such file or directory."),
         (("model", "torn.jsonl"), "error: torn.jsonl, line 2: not JSON ("),
@@ -105,6 +107,7 @@ def test_resuming_goes_on_where_the_run_stopped(folder):
         ),
         (("model", "data.jsonl", "--strategy", "ddp"), "error: --strategy=ddp needs torchrun: "),
         (("model", "data.jsonl", "--device", "gpu9"), "error: device='gpu9' is not a torch device"),
+        (("model", "data.jsonl", "--device", "meta"), "error: device='meta' cannot be used here ("),
         (("model", "data.jsonl", "--resume-from", "none.pt"), "error: there is no checkpoint none"),
     ],
 )
@@ -112,6 +115,9 @@ def test_bad_input_is_one_sentence_and_exit_status_2(folder, options, text):
     (folder / "torn.jsonl").write_text('{"input_ids": [1], "labels": [1]}\n{"input_ids": [')
     (folder / "large.jsonl").write_text('{"input_ids": [999, 1], "labels": [1, 1]}\n')
     (folder / "masked.jsonl").write_text('{"input_ids": [5, 6], "labels": [5, -100]}\n')
+    shutil.copytree("model", "cut")
+    with open("cut/model.safetensors", "r+b") as file:
+        file.truncate(5000)
     result = invoke(*options, "--out-dir", "out")
     assert result.exit_code == 2
     assert text in result.stderr
@@ -120,15 +126,110 @@ def test_bad_input_is_one_sentence_and_exit_status_2(folder, options, text):
     assert len(errors) == 1
 
 
-def test_another_runs_folder_is_not_written_over(folder):
+@pytest.mark.parametrize(
+    ("file", "options", "text"),
+    [
+        ("metrics.jsonl", (), "holds another run; choose another folder, or remove that one."),
+        (
+            "checkpoint-7.pt",
+            (),
+            "holds another run; choose another folder, or go on with that run: --resume-from out",
+        ),
+        (
+            "metrics.jsonl",
+            ("--resume-from", "other"),
+            "holds another run; choose another folder, or remove that one.",
+        ),
+        (
+            "checkpoint-7.pt",
+            ("--resume-from", "other/checkpoint-1.pt"),
+            "holds another run; choose another folder, or go on with that run: --resume-from out",
+        ),
+    ],
+)
+def test_another_runs_folder_is_not_written_over(folder, file, options, text):
     (folder / "out").mkdir()
-    (folder / "out" / "metrics.jsonl").write_text("{}")
-    result = invoke("model", "data.jsonl", "--out-dir", "out")
+    (folder / "other").mkdir()
+    (folder / "out" / file).write_text("{}")
+    result = invoke("model", "data.jsonl", "--out-dir", "out", *options)
     assert result.exit_code == 2
-    assert "holds another run; choose another folder, or go on with that run: " in result.stderr
+    assert result.stderr == f"error: --out-dir=out {text}\n"
+    assert [path.name for path in (folder / "out").iterdir()] == [file]
+
+
+def test_the_model_that_a_run_starts_from_is_not_written_over(folder):
+    before = (folder / "model" / "model.safetensors").read_bytes()
+    for options in ((), ("--resume-from", ".")):
+        result = invoke("model", "data.jsonl", "--out-dir", ".", "--max-steps", 1, *options)
+        assert result.exit_code == 2
+        assert result.stderr == (
+            "error: --out-dir=.: the trained model would be written over model, which the run "
+            "starts from; choose another folder.\n"
+        )
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_file_is_no_output_folder(folder):
     result = invoke("model", "data.jsonl", "--out-dir", "data.jsonl")
     assert result.exit_code == 2
     assert "error: --out-dir=data.jsonl is a file; expected a folder." in result.stderr
+
+
+def test_a_full_disk_is_one_sentence_and_a_status_of_its_own(folder):
+    """The checkpoint before it stays, and nothing half written takes room."""
+    options = ("model", "data.jsonl", "--out-dir", "out", "--max-steps", 2, "--device", "cpu")
+    assert invoke(*options, "--checkpoint-every", 2).exit_code == 0
+    size = (folder / "out" / "checkpoint-2.pt").stat().st_size
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)\n"
+        "sys.argv[1:] = ['model', 'data.jsonl', '--out-dir', 'out', '--max-steps', '3', "
+        "'--checkpoint-every', '1', '--resume-from', 'out', '--device', 'cpu']\n"
+        "from pytest_ranks.reference.__main__ import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == os.EX_IOERR, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.endswith(
+        "error: out/checkpoint-3.pt: File too large; what was saved before is whole.\n"
+    )
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "checkpoint-2.pt",
+        "metrics.jsonl",
+        "model",
+    ]
+
+
+def test_steps_that_trained_nothing_have_no_part_in_the_summary(folder):
+    masked = {"input_ids": [1, 2], "labels": [-100, -100]}
+    good = {"input_ids": [1, 2], "labels": [1, 2]}
+    lines = [json.dumps(one) + "\n" for one in (masked, good, masked)]
+    (folder / "data.jsonl").write_text("".join(lines))
+    result = invoke("model", "data.jsonl", "--out-dir", "out", "--no-shuffle", "--device", "cpu")
+    assert result.exit_code == 0
+    loss = f"{records(folder / 'out')[1]['loss']:.4f}"
+    assert f"3 steps, 1 trained tokens, loss {loss} -> {loss}; model in" in result.stdout
+
+
+def test_what_one_rank_alone_finds_is_said_by_it(folder, monkeypatch):
+    """Before the ranks are joined the first of each machine speaks, afterwards all do."""
+    monkeypatch.setenv("RANK", "3")
+    for local, told in (("1", ""), ("0", "rank 3: error: none.jsonl cannot be read: ")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        result = invoke("model", "none.jsonl", "--out-dir", "out")
+        assert result.exit_code == 2
+        assert result.stderr.startswith(told)
+        assert bool(result.stderr) == bool(told)
+
+
+@pytest.mark.ranks(2)
+def test_once_joined_every_rank_says_what_it_found(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(rank.index))
+    monkeypatch.setenv("LOCAL_RANK", str(rank.index))
+    tell("error: gone.")
+    assert capsys.readouterr().err == ("rank 1: " if rank.index else "") + "error: gone.\n"
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_sentence(folder):

@@ -18,6 +18,7 @@ from pytest_ranks.reference import TrainConfig
         ({"micro_batch": True}, "micro_batch=True is not a whole number"),
         ({"max_steps": 0}, "max_steps=0 is not a whole number of at least 1."),
         ({"warmup_steps": -1}, "warmup_steps=-1 is not a whole number of at least 0."),
+        ({"seed": 2**70}, f"seed={2**70} is more than {2**62}, the largest."),
         ({"lr": float("nan")}, "lr=nan is not a finite number of at least 0."),
         ({"lr": "1e-3"}, "lr='1e-3' is not a finite number"),
         ({"max_grad_norm": 0}, "use None to turn it off"),

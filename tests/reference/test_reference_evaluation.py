@@ -46,6 +46,46 @@ def test_evaluation_before_the_first_step_is_of_the_model_as_it_came(model, tmp_
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
 
 
+def test_parts_that_train_or_tell_nothing_are_refused(model):
+    """One sample of four has a label: whichever part it is in, the other one has none."""
+    masked = {"input_ids": [1, 2, 3], "labels": [1, -100, -100]}
+    for samples in ([SAMPLES[0], *[masked] * 3], [masked] * 4):
+        with pytest.raises(
+            BadInputError,
+            match=r"validation_split=0\.5 leaves 2 samples to (train|evaluate) on, none of which "
+            "has a label other than -100 behind its first; use another share or seed",
+        ):
+            make(model, samples, validation_split=0.5)
+
+
+def test_evaluation_of_no_token_is_refused_and_never_the_best(model):
+    masked = {"input_ids": [1, 2, 3], "labels": [1, -100, -100]}
+    trainer = make(model, eval_samples=[masked] * 3, eval_every=1)
+    with pytest.raises(BadInputError) as caught:
+        trainer.train()
+    assert str(caught.value) == (
+        "none of the 3 samples to evaluate on has a label other than -100 behind its first; "
+        "give some that have."
+    )
+    assert trainer.progress.best_loss is None
+
+
+def test_parts_are_not_counted_before_that_is_asked(model):
+    """Blocks of text read all their documents to count."""
+
+    class Uncounted(list):
+        @property
+        def lengths(self):
+            return [len(sample["input_ids"]) for sample in self]
+
+        @property
+        def counted(self):
+            raise AssertionError("counted")
+
+    trainer = make(model, Uncounted(SAMPLES), max_tokens_per_rank=40, validation_split=0.2)
+    assert len(trainer.lengths) == 9
+
+
 def test_parts_know_what_the_whole_knows(model):
     trainer = make(model, Counted(SAMPLES), max_tokens=9, validation_split=0.01)
     assert trainer.samples.counted == [TARGETS[index] for index in trainer.samples.indices]

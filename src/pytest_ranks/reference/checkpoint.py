@@ -171,7 +171,11 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise BadInputError(f"there is no checkpoint {path}.") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # whose text advises to run the code that is in it
+        raise BadInputError(
+            f"{path} is not a readable checkpoint (it is no archive of plain tensors)."
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInputError(f"{path} is not a readable checkpoint ({reason}).") from error
     parts = {"model", "optimizer", "scheduler", "progress", "settings", "random"}

@@ -45,16 +45,33 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint that is there as a whole or not at all, whenever the machine stops.
 
     It is written under another name, flushed to the disk, renamed, and the folder flushed too.
+
+    Raises:
+        OSError: the disk is full or fails; what was written until then is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with DigestWriter(unfinished) as file:
-        torch.save(state, file)
-        file.write(MAGIC + file.digest.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with DigestWriter(unfinished) as file:
+            torch.save(state, file)
+            file.write(MAGIC + file.digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise _disk_error(error, path) from error
     unfinished.replace(path)
     sync_folder(path.parent)
+
+
+def _disk_error(error: BaseException, path: Path) -> BaseException:
+    """Return the disk's own error, of which torch's writer makes a RuntimeError about its position."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    if found is None:
+        return error
+    return OSError(found.errno, found.strerror or str(found), str(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from typer import Argument, Option
 
 from pytest_ranks.errors import BadInputError
-from pytest_ranks.reference import preemption
+from pytest_ranks.reference import checkpoint_files, preemption
 from pytest_ranks.reference.cadence import ENDS
 from pytest_ranks.reference.config import TrainConfig
 from pytest_ranks.reference.data import JsonlDataset
@@ -99,18 +99,38 @@ def run_until_told(given: dict[str, Any]) -> None:
     """Do what the command line says, unless a signal ends it; say what cannot be used.
 
     Raises:
-        Exit: with status 2 where something cannot be used, 75 where the run was stopped.
+        Exit: with status 2 where something cannot be used, 74 (EX_IOERR) where the disk is full or
+            fails, 75 where the run was stopped.
     """
     given.pop("loop")
-    try:
-        with preemption.listen(StopRequest()) as stop:
+    with preemption.listen(StopRequest()) as stop:
+        try:
             finished = run(given, stop)
-    except BadInputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+        except BadInputError as error:
+            tell(f"error: {error}")
+            raise typer.Exit(2) from error
+        except OSError as error:
+            name = "" if error.filename is None else f"{error.filename}: "
+            tell(f"error: {name}{error.strerror or error}; what was saved before is whole.")
+            raise typer.Exit(os.EX_IOERR) from error
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
     if not finished:
         raise typer.Exit(preemption.EXIT_STATUS)
+
+
+def tell(text: str) -> None:
+    """Say why a rank leaves.
+
+    Until the ranks are joined all of them find the same, and the first of each machine says it. Later it
+    may be one alone, whichever it is.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        typer.echo(text, err=True)
+    elif dist.is_initialized() or os.environ.get("LOCAL_RANK") == "0":
+        typer.echo(f"rank {rank}: {text}", err=True)
 
 
 def run(given: dict[str, Any], stop: StopRequest) -> bool:
@@ -129,7 +149,7 @@ def run(given: dict[str, Any], stop: StopRequest) -> bool:
     files = {name: given.pop(name) for name in ("model", "samples", "eval_data", "block_length")}
     alignment = {"resize": given.pop("resize"), "multiple_of": given.pop("vocabulary_multiple")}
     config = make_config(given)
-    check_folder(config)
+    check_folder(config, model=files["model"])
     samples, eval_samples = load_data(files)
     torch.manual_seed(config.seed)
     empty = is_left_empty(config)
@@ -137,21 +157,17 @@ def run(given: dict[str, Any], stop: StopRequest) -> bool:
     checked = [fit_to(model, data, files["block_length"]) for data in (samples, eval_samples)]
     if config.strategy != "single":
         start_process_group(config.device)
-    try:
-        return train_and_export(
-            Trainer(
-                config,
-                model=model,
-                samples=checked[0],
-                tokenizer=tokenizer,
-                eval_samples=checked[1],
-                weights=files["model"] if config.initialization == "sharded" else None,
-                stop=stop,
-            )
+    return train_and_export(
+        Trainer(
+            config,
+            model=model,
+            samples=checked[0],
+            tokenizer=tokenizer,
+            eval_samples=checked[1],
+            weights=files["model"] if config.initialization == "sharded" else None,
+            stop=stop,
         )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    )
 
 
 def make_config(given: dict[str, Any]) -> TrainConfig:
@@ -179,21 +195,27 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**options)
 
 
-def check_folder(config: TrainConfig) -> None:
-    """Refuse to write over another run.
+def check_folder(config: TrainConfig, *, model: Path | None = None) -> None:
+    """Refuse to write over another run, or over the model that the run starts from.
 
     Raises:
-        BadInputError: the output folder is a file, cannot be made or written to, or holds a run
-            that this one does not resume.
+        BadInputError: the output folder is a file, cannot be made or written to, holds a run that
+            this one does not resume, or has the model at the place of the trained one.
     """
     assert config.out_dir is not None
     folder = Path(config.out_dir)
     if folder.exists() and not folder.is_dir():
         raise BadInputError(f"--out-dir={folder} is a file; expected a folder.")
-    if (folder / "metrics.jsonl").exists() and config.resume_from is None:
+    if model is not None and model.resolve() == (folder / "model").resolve():
         raise BadInputError(
-            f"--out-dir={folder} holds another run; choose another folder, or go on with that run: "
-            f"--resume-from {folder}"
+            f"--out-dir={folder}: the trained model would be written over {model}, which the run "
+            "starts from; choose another folder."
+        )
+    saved = folder.exists() and checkpoint_files.saved_steps(folder)
+    if (saved or (folder / "metrics.jsonl").exists()) and not is_resumed(config, folder):
+        raise BadInputError(
+            f"--out-dir={folder} holds another run; choose another folder, or "
+            + (f"go on with that run: --resume-from {folder}" if saved else "remove that one.")
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,6 +223,14 @@ def check_folder(config: TrainConfig) -> None:
         raise BadInputError(f"--out-dir={folder} cannot be made: {error.strerror}.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise BadInputError(f"--out-dir={folder} cannot be written to by this user.")
+
+
+def is_resumed(config: TrainConfig, folder: Path) -> bool:
+    """Whether the run goes on from a checkpoint in this folder."""
+    if config.resume_from is None:
+        return False
+    given = Path(config.resume_from)
+    return folder.resolve() == (given if given.is_dir() else given.parent).resolve()
 
 
 def is_left_empty(config: TrainConfig) -> bool:
@@ -281,7 +311,8 @@ def train_and_export(trainer: Trainer) -> bool:
     assert trainer.config.out_dir is not None
     out_dir = Path(trainer.config.out_dir)
     tokens = sum(record["tokens"] for record in history)
-    losses = f", loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f}" if history else ""
+    found = [record["loss"] for record in history if record["tokens"]]
+    losses = f", loss {found[0]:.4f} -> {found[-1]:.4f}" if found else ""
     done = f"{len(history)} steps, {tokens} trained tokens{losses}; "
     if trainer.stopping and not trainer.finished():
         done += f"stopped after step {trainer.steps_taken}, go on with --resume-from {out_dir}"

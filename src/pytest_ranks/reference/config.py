@@ -11,6 +11,9 @@ from typing import Any
 from pytest_ranks.errors import BadInputError, did_you_mean
 from pytest_ranks.reference.cadence import check_loop
 
+LARGEST_SEED = 2**62
+"""Ranks, epochs and steps are added to it, and generators take 64 bits."""
+
 CHOICES = {
     "tail": ("partial", "drop", "pad"),
     "packer": ("level", "lpt", "greedy"),
@@ -196,6 +199,8 @@ class TrainConfig:
                 continue
             if isinstance(found, bool) or not isinstance(found, int) or found < low:
                 raise BadInputError(f"{name}={found!r} is not a whole number of at least {low}.")
+        if self.seed > LARGEST_SEED:
+            raise BadInputError(f"seed={self.seed!r} is more than {LARGEST_SEED}, the largest.")
 
     def _check_rates(self) -> None:
         for name in ("lr", "eps", "weight_decay", "max_grad_norm"):

@@ -80,6 +80,9 @@ class EvaluationSteps(PreparationSteps, UpdateSteps):
         """Return the mean loss of the evaluation set's tokens, each counted once.
 
         It ends early, on all ranks alike, once a rank is asked to stop: `cut_short` is then set.
+
+        Raises:
+            BadInputError: there is no such token, so that every model would be as good.
         """
         assert self.eval_samples is not None
         everything = list(range(len(self.eval_samples)))
@@ -99,4 +102,9 @@ class EvaluationSteps(PreparationSteps, UpdateSteps):
                 total += loss.shifted_cross_entropy_sum(self.forward(batch), batch.labels)
         parallel.reshard(self.model)
         self.set_train_mode()
+        if tokens == 0 and not self.cut_short:
+            raise BadInputError(
+                f"none of the {len(everything)} samples to evaluate on has a label other than -100 "
+                "behind its first; give some that have."
+            )
         return self.mean_loss(total, tokens) if tokens else 0.0

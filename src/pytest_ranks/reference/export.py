@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +70,21 @@ def export_model(
 
     Raises:
         BadInputError: the model is not one of transformers'.
+        OSError: it cannot be written.
     """
     if not hasattr(model, "save_pretrained"):
         raise BadInputError(
             f"{type(model).__name__} has no save_pretrained; export needs a transformers model."
         )
+    from safetensors import SafetensorError
+
     if state is None:
         state = consolidated_state(model, dtype=dtype)
     if world.rank == 0:
-        model.save_pretrained(directory, state_dict=state)
+        try:
+            model.save_pretrained(directory, state_dict=state)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(directory)) from error
         if dtype is not None:  # it wrote the dtype that the model has in memory
             config = copy.deepcopy(model.config)
             config.dtype = dtype

@@ -9,6 +9,7 @@ import torch
 
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference.packing import sample_number
+from pytest_ranks.reference.records import check_sample, count_targets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,12 +26,13 @@ class Part:
     def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
         self.indices = list(indices)
         self._samples = samples
-        for name in ("lengths", "counted"):
-            known = getattr(samples, name, None)
-            if known is not None:
-                setattr(self, name, [known[index] for index in self.indices])
-        if hasattr(samples, "fingerprint"):
-            self.fingerprint: Any = samples.fingerprint
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the samples know, when it is asked for: blocks read all documents to count."""
+        if name not in ("lengths", "counted", "fingerprint"):
+            raise AttributeError(name)
+        known = getattr(self._samples, name)
+        return known if name == "fingerprint" else [known[index] for index in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -57,7 +59,7 @@ def split(samples: Samples, share: float, *, seed: int) -> tuple[Part, Part]:
         The two parts, each in the order of the samples.
 
     Raises:
-        BadInputError: nothing would be left to train on.
+        BadInputError: nothing would be left to train on, or one part has no trained token.
     """
     size = len(samples)
     held = max(1, math.floor(size * share + 0.5))
@@ -67,4 +69,12 @@ def split(samples: Samples, share: float, *, seed: int) -> tuple[Part, Part]:
             "give more samples or a smaller share."
         )
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + OWN_SEED)).tolist()
-    return Part(samples, sorted(order[held:])), Part(samples, sorted(order[:held]))
+    parts = Part(samples, sorted(order[held:])), Part(samples, sorted(order[:held]))
+    for part, purpose in zip(parts, ("train", "evaluate"), strict=True):
+        drawn = (check_sample(part[index], where=part.name(index)) for index in range(len(part)))
+        if not any(map(count_targets, drawn)):  # most often the first one ends this
+            raise BadInputError(
+                f"validation_split={share!r} leaves {len(part)} samples to {purpose} on, none of "
+                "which has a label other than -100 behind its first; use another share or seed."
+            )
+    return parts

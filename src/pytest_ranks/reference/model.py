@@ -46,6 +46,7 @@ def load_model(directory: str | Path, *, empty: bool = False) -> tuple[nn.Module
     Raises:
         BadInputError: the folder holds no loadable model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     folder = Path(directory)
@@ -60,7 +61,7 @@ def load_model(directory: str | Path, *, empty: bool = False) -> tuple[nn.Module
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInputError(_cannot_be_loaded(folder, error)) from error
     return model, load_tokenizer(folder)
 
@@ -78,12 +79,13 @@ def load_tokenizer(directory: str | Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInputError(_cannot_be_loaded(folder, error)) from error
 
 
 def _cannot_be_loaded(folder: Path, error: Exception) -> str:
-    return f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{folder} cannot be loaded: {reason}"
 
 
 def padding_id(model: Any, tokenizer: Any) -> int:

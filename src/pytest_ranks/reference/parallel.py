@@ -88,7 +88,7 @@ def find_device(name: str) -> torch.device:
     """Return the device of this process: with several of a kind, the one of its local rank.
 
     Raises:
-        BadInputError: the name is no torch device.
+        BadInputError: the name is no torch device, or one that is not there.
     """
     if name == "auto" and dist.is_initialized() and dist.get_backend() == "gloo":
         name = "cpu"  # ranks that chose the CPU's backend compute there
@@ -104,7 +104,13 @@ def find_device(name: str) -> torch.device:
     if device.type != "cpu" and ":" not in name:
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type != "cpu":
-        torch.accelerator.set_device_index(device)
+        try:
+            torch.accelerator.set_device_index(device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise BadInputError(
+                f"device={name!r} cannot be used here ({reason}); use 'auto' or 'cpu'."
+            ) from error
     return device
 
 

@@ -40,6 +40,7 @@ class PreparationSteps(SavingSteps):
         total_steps = self.total_steps()
         if total_steps is None:
             self.check_schedule()
+        self.schedule_ends_at = None if self.config.schedule == "constant" else total_steps
         self.seed()
         self.masters()
         if self.config.lora_rank is not None:

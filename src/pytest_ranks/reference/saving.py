@@ -31,6 +31,8 @@ class SavingSteps(BatchSteps):
     """peft's configuration of the adapters; None without any."""
     optimizer: Optimizer
     scheduler: LambdaLR
+    schedule_ends_at: int | None = None
+    """The step at which the learning rate comes to zero; None where it is constant."""
     writer: BackgroundWriter | None = None
     """Writes beside training; None where a save waits for its file."""
     saved_step: int | None = None
@@ -40,13 +42,15 @@ class SavingSteps(BatchSteps):
         """Return what must be equal for a resumed run to go on exactly as it would have."""
         names = [
             *("micro_batch", "gradient_accumulation_steps", "max_tokens_per_rank", "pack_length"),
-            *("packer", "shuffle", "seed", "tail", "optimizer"),
+            *("packer", "shuffle", "seed", "tail", "optimizer", "lr", "betas", "eps"),
+            *("weight_decay", "schedule", "warmup_steps", "max_grad_norm", "precision"),
             *("orthogonal_rank_ratio", "orthogonal_targets"),
         ]
         if self.config.lora_rank is not None:
             names += ["lora_rank", "lora_alpha", "lora_targets", "lora_dropout"]
         data = {"samples": len(self.samples), "data": getattr(self.samples, "fingerprint", None)}
-        return {name: getattr(self.config, name) for name in names} | data
+        schedule = {"schedule_ends_at": self.schedule_ends_at}
+        return {name: getattr(self.config, name) for name in names} | schedule | data
 
     # ---- checkpoints ------------------------------------------------------------------------
 
