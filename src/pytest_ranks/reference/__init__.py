@@ -3,9 +3,10 @@
 Start in `trainer.py`: `Trainer.train` is the run, `Trainer.train_step` the step. The other modules
 hold one subject each, in the order in which a run meets them: `config`, `data` (with `lines`,
 `records`, `chat` and `pretraining`), `sampling`, `packing`, `collate`, `model`, `parallel`,
-`optimization`, `loss`, `metrics`, `checkpoint`, `export`; the trainer's own steps are in `batches`,
-`preparation`, `updates` and `saving`. `cli` is the command line, `loader` a data loader for other
-loops.
+`optimization`, `loss`, `metrics`, `trackers`, `checkpoint` and `checkpoint_files`, `export`; the
+trainer's own steps are in `batches`, `preparation`, `updates`, `evaluation` and `saving`; when a run
+saves and ends is said by `cadence` and `preemption`. `cli` is the command line, `loader` a data
+loader for other loops.
 """
 
 from __future__ import annotations

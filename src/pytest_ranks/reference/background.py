@@ -14,8 +14,8 @@ class BackgroundWriter:
 
     A thread of its own and the file format that a synchronous save has, instead of
     `torch.distributed.checkpoint.async_save`: that needs a process group of its own for the ranks to
-    talk beside training, and leaves a folder of shards. What stalls training is the copy of the
-    state, which either way is made first.
+    talk beside training, and leaves a folder of shards. What stalls training either way is the copy
+    of the state that is made first.
     """
 
     def __init__(self) -> None:
