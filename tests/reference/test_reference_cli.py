@@ -169,6 +169,29 @@ def test_the_model_that_a_run_starts_from_is_not_written_over(folder):
     assert (folder / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_a_folder_holds_one_run_at_a_time(folder):
+    """Two that begin together, and one that is resumed while it still goes on, would be mixed."""
+    options = ("model", "data.jsonl", "--out-dir", "out", "--max-steps", 1, "--device", "cpu")
+    (folder / "out").mkdir()
+    program = (
+        "import sys; from pytest_ranks.reference.folder_claim import claimed\n"
+        "with claimed('out'): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        refused = invoke(*options)
+        other.kill()
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "error: --out-dir=out is in use by a run that is still going on; wait for it to end, or "
+        "choose another folder.\n"
+    )
+    assert list((folder / "out").iterdir()) == []
+    assert invoke(*options).exit_code == 0  # a run that was killed holds nothing
+
+
 def test_a_file_is_no_output_folder(folder):
     result = invoke("model", "data.jsonl", "--out-dir", "data.jsonl")
     assert result.exit_code == 2

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 -m pytest_ranks.reference MODEL DATA.jsonl --out-dir
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from pytest_ranks.reference import checkpoint_files, preemption
 from pytest_ranks.reference.cadence import ENDS
 from pytest_ranks.reference.config import TrainConfig
 from pytest_ranks.reference.data import JsonlDataset
+from pytest_ranks.reference.folder_claim import claimed
 from pytest_ranks.reference.loop_options import also_takes, loop_options
 from pytest_ranks.reference.model import align, load_model, load_tokenizer
 from pytest_ranks.reference.parallel import find_device
@@ -150,6 +152,16 @@ def run(given: dict[str, Any], stop: StopRequest) -> bool:
     alignment = {"resize": given.pop("resize"), "multiple_of": given.pop("vocabulary_multiple")}
     config = make_config(given)
     check_folder(config, model=files["model"])
+    assert config.out_dir is not None
+    first = os.environ.get("RANK", "0") == "0"
+    with claimed(config.out_dir) if first else nullcontext():
+        return run_in_folder(config, files, alignment, stop)
+
+
+def run_in_folder(
+    config: TrainConfig, files: dict[str, Any], alignment: dict[str, Any], stop: StopRequest
+) -> bool:
+    """Load, train and export; return whether the run came to its end."""
     samples, eval_samples = load_data(files)
     torch.manual_seed(config.seed)
     empty = is_left_empty(config)
