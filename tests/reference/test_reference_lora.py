@@ -220,6 +220,28 @@ def test_targets_that_are_not_there_are_named_with_those_that_are():
     )
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")  # which is the point
+def test_a_head_that_is_also_the_embedding_is_not_merged(tmp_path):
+    with pytest.raises(BadInputError) as caught:
+        trainer_of(tiny_model("gpt2"), lora_targets=("lm_head",)).train()
+    assert str(caught.value) == (
+        "lora_targets=('lm_head',): the weight of 'lm_head' is shared with another layer, which "
+        "merging would change too; leave it out, or use lora_export='adapter'."
+    )
+    trainer = trainer_of(tiny_model("gpt2"), lora_targets=("lm_head",), lora_export="adapter")
+    trainer.train()
+    loaded = peft.PeftModel.from_pretrained(tiny_model("gpt2"), trainer.export(tmp_path / "alone"))
+    with torch.no_grad():
+        wanted = trainer.model.eval()(PROBE).logits
+        torch.testing.assert_close(loaded.eval()(PROBE).logits, wanted)
+    untied = trainer_of(tiny_model("llama"), lora_targets=("lm_head",))
+    untied.train()
+    untied.model.eval()
+    merged, _ = load_model(untied.export(tmp_path / "merged"))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(PROBE).logits, untied.model(PROBE).logits)
+
+
 def test_without_peft_one_sentence_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(BadInputError) as caught:

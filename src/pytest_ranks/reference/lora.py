@@ -13,6 +13,7 @@ import torch
 
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference import export
+from pytest_ranks.reference.blocks import parameter_owners
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +37,8 @@ def add_adapters(model: nn.Module, config: TrainConfig) -> Any:
         peft's LoraConfig, with the targets resolved to names.
 
     Raises:
-        BadInputError: peft is missing, or the targets are not there or not linear layers.
+        BadInputError: peft is missing, or the targets are not there, not linear layers or tied to
+            another layer while they are to be merged.
     """
     try:
         import peft
@@ -70,7 +72,13 @@ def add_adapters(model: nn.Module, config: TrainConfig) -> Any:
                 f"lora_targets={config.lora_targets!r}: {str(error).splitlines()[0]} The linear "
                 f"layers of {type(model).__name__} are {', '.join(sorted(named))}."
             ) from error
+    owners = parameter_owners(model)
     for name, layer in adapted_layers(model).items():
+        if config.lora_export == "merged" and len(owners[id(layer.base_layer.weight)]) > 1:
+            raise BadInputError(
+                f"lora_targets={config.lora_targets!r}: the weight of {name!r} is shared with another "
+                "layer, which merging would change too; leave it out, or use lora_export='adapter'."
+            )
         if not _linear(layer.base_layer):
             raise BadInputError(
                 f"lora_targets={config.lora_targets!r}: {name!r} is a "
