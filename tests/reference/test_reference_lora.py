@@ -221,6 +221,7 @@ def test_targets_that_are_not_there_are_named_with_those_that_are():
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")  # which is the point
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft's own call
 def test_a_head_that_is_also_the_embedding_is_not_merged(tmp_path):
     with pytest.raises(BadInputError) as caught:
         trainer_of(tiny_model("gpt2"), lora_targets=("lm_head",)).train()
