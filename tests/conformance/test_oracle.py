@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from pytest_ranks.conformance import oracle
+from pytest_ranks.conformance.check import Setting, all_checks
 from pytest_ranks.conformance.materials import tiny_llama
+from pytest_ranks.conformance.runner import Session, run_check
 from pytest_ranks.models.corpora import unique_token_corpus
 
 CORPUS = unique_token_corpus(vocab_size=256)
@@ -65,3 +69,24 @@ def test_a_factor_is_found_and_what_is_left_of_it():
     found = {"a": torch.tensor([1.5, 2.0]), "b": torch.tensor([0.0])}
     assert oracle.best_factor(found, wanted) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-9))
     assert oracle.worst_tensor(found, wanted) == ("a", pytest.approx(0.5))
+
+
+def test_a_check_computes_with_one_thread_and_leaves_the_others(tmp_path):
+    """Small tensors on several threads cost a busy machine twenty times the processor time."""
+    seen = []
+
+    def run(_bench):
+        seen.append(torch.get_num_threads())
+
+    check = dataclasses.replace(all_checks()["subject.honours_job"], run=run)
+    session = Session("pytest_ranks.subjects.reference:ReferenceTrainer", tmp_path)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        result = run_check(session, check, Setting(strategy="single", world_size=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        session.close()
+    assert seen == [1]
+    assert result.outcome == "passed"

@@ -27,6 +27,7 @@ from pytest_ranks.conformance.findings import (
 )
 from pytest_ranks.conformance.job import Job, Optimizer
 from pytest_ranks.conformance.materials import Materials, locked
+from pytest_ranks.conformance.oracle import one_thread
 from pytest_ranks.conformance.plan import plan_for
 from pytest_ranks.conformance.subject import find_subject, inspect_subject
 from pytest_ranks.errors import RankFailure, RankTimeout
@@ -314,7 +315,8 @@ def _judge(
     try:
         if check.suite != "subject" and session.capabilities.launch == "ranks":
             _gate(bench)
-        check.run(bench)
+        with one_thread():
+            check.run(bench)
     except Finding as finding:
         return "failed", "", finding
     except AdapterError as error:
