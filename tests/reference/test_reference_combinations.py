@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from pytest_ranks.models import tiny_model
 from pytest_ranks.reference import TrainConfig, Trainer
@@ -109,6 +110,15 @@ def test_exported_ranks_answer_as_the_trained_model(rank, folder, family, how):
     assert (answers(tiny_model(family)) - wanted).abs().max() > 1e-3
     config = json.loads((exported / "config.json").read_text())
     assert config["architectures"] == [type(loaded).__name__]
+
+
+@pytest.mark.parametrize("how", TRAINED)
+def test_an_export_that_is_cast_holds_no_other_dtype(tmp_path, how):
+    trainer, _ = train(tiny_model("llama"), strategy="single", max_steps=1, **how)
+    exported = trainer.export(tmp_path, dtype=torch.bfloat16)
+    stored = load_file(exported / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.ranks(2)

@@ -112,6 +112,28 @@ def test_rotary_frequencies_are_no_leftovers_of_memory(rank, folder):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", ["full", "broadcast", "sharded"])
+def test_buffers_that_are_stored_are_those_of_the_file(rank, folder, way):
+    """Rank 0 has learnt them; other ranks have what a fresh model begins with."""
+
+    def make():
+        model = tiny_model("llama")
+        model.register_buffer("learnt", torch.zeros(3))
+        return model
+
+    stored = make()
+    stored.learnt += torch.tensor([1.0, 2.0, 3.0])
+    if rank.index == 0:
+        stored.save_pretrained(folder)
+    dist.barrier()
+    model = stored if rank.index == 0 and way != "sharded" else make()
+    weights = folder if way == "sharded" else None
+    trainer = Trainer(config(initialization=way), model=model, samples=SAMPLES, weights=weights)
+    trainer.setup()
+    assert model.learnt.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.ranks(2)
 def test_what_nobody_fills_is_nan(rank):
     model = tiny_model("llama", tie_word_embeddings=True)
     frequencies = model.model.rotary_emb.inv_freq.clone()
