@@ -239,8 +239,9 @@ class TestSetupModel:
         states = trainer.optimizer.state.values()
         assert all(v.dtype == torch.float32 for s in states for v in s.values() if v.ndim)
 
-    def test_a_model_given_in_half_precision_gets_masters(self, tiny_model):
-        model = tiny_model("llama").bfloat16()
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_model_given_in_half_precision_gets_masters(self, tiny_model, dtype):
+        model = tiny_model("llama").to(dtype)
         trainer_of(model, strategy="single", micro_batch=4, optimizer="adamw").train()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,20 @@ def test_buffers_that_are_stored_are_those_of_the_file(rank, folder, way):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("way", ["full", "broadcast", "sharded"])
+def test_what_is_frozen_stays_frozen(rank, folder, way):
+    write(tiny_model("llama"), folder)
+    model, _ = load_model(folder, empty=way == "sharded")
+    model.lm_head.requires_grad_(False)
+    weights = folder if way == "sharded" else None
+    trainer = Trainer(config(initialization=way), model=model, samples=SAMPLES, weights=weights)
+    trainer.setup()
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        "lm_head.weight"
+    ]
+
+
+@pytest.mark.ranks(2)
 def test_what_nobody_fills_is_nan(rank):
     model = tiny_model("llama", tie_word_embeddings=True)
     frequencies = model.model.rotary_emb.inv_freq.clone()
@@ -174,24 +189,36 @@ def test_resumed_run_is_the_uninterrupted_one(rank, folder):
 
 
 def peak_growth(build):
-    """Return how far this process's resident memory rose while building, in bytes, by the kernel."""
+    """Return how far this process's own memory rose while building, in bytes, and what was built.
+
+    Pages of a mapped file are not its own: how many the kernel maps at once is the kernel's choice.
+    """
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
-    def read(field):
+    def read():
         lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
+        return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) * 1024
 
-    before = read("VmRSS")
-    kept = build()
-    return read("VmHWM") - before, kept
+    before = read()
+    seen, done = [before], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            seen.append(read())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        kept = build()
+    finally:
+        done.set()
+        watcher.join()
+    return max(*seen, read()) - before, kept
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("way", ["broadcast", "sharded"])
 def test_no_rank_but_the_first_ever_holds_the_model(rank, folder, way):
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("needs /proc/self/clear_refs to measure a peak")
     size = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 64}
     if rank.index == 0:
         tiny_model("llama").save(folder / "small")
@@ -212,10 +239,9 @@ def test_no_rank_but_the_first_ever_holds_the_model(rank, folder, way):
     total = sum(p.numel() * 4 for p in trainer.model.parameters())
     assert total > 75 * 2**20
     if rank.index != 0 or way == "sharded":
-        # Its quarter, mapped file pages of it, one parameter: seen 0.45 and 0.55 to 0.75.
-        assert growth < 0.9 * total
+        assert growth < 0.6 * total  # its quarter and what arrives: seen 0.26 and 0.44
     else:
-        assert growth > 1.0 * total  # the measurement sees a model that is held whole
+        assert growth > 0.7 * total  # seen 0.88: it holds the model, some of it in mapped files
 
 
 @pytest.mark.ranks(2)

@@ -14,6 +14,7 @@ from pytest_ranks.launch.host import RankHost
 from pytest_ranks.reference import TrainConfig, Trainer
 from pytest_ranks.reference.checkpoint import full_on_cpu
 from pytest_ranks.reference.model import load_model
+from pytest_ranks.reference.parallel import find_device
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +257,14 @@ def test_single_strategy_on_several_ranks_is_refused(host, make_model, samples):
             "strategy='single' on 2 ranks would train as many separate models; "
             "use strategy='ddp' or 'fsdp2'."
         )
+
+
+def test_several_devices_are_chosen_by_the_local_rank(monkeypatch):
+    """The number among all ranks names no device of the second machine."""
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setenv("RANK", "11")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert find_device("cuda") == torch.device("cuda", 3)
+    assert find_device("cuda:1") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 3), torch.device("cuda", 1)]
