@@ -18,6 +18,8 @@ from pytest_ranks import BadInputError
 from pytest_ranks.reference import (
     Trainer,
 )
+from pytest_ranks.reference.holdout import split
+from pytest_ranks.reference.sampling import epoch_order
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +147,18 @@ def test_held_out_samples_are_never_trained(model):
     other = make(model, samples, epochs=1, validation_split=0.3, seed=6)
     assert other.eval_samples.indices != drawn["eval"]
     assert again.samples.name(0) == f"sample {again.samples.indices[0]}"
+
+
+def test_a_run_that_ends_within_an_epoch_is_evaluated_at_its_end(model):
+    history = make(model, max_steps=4, eval_samples=SAMPLES[:2]).train()  # three steps an epoch
+    assert ["eval_loss" in record for record in history] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_is_held_out_is_drawn_apart_from_the_order_of_training(seed):
+    """Else the first to be trained would always be of one kind."""
+    samples = [{"input_ids": [1, 2], "labels": [1, 2]}] * 40
+    _, held = split(samples, 0.25, seed=seed)
+    order = epoch_order(40, seed=seed, epoch=0)
+    assert len(held) == 10
+    assert held.indices not in (sorted(order[:10]), sorted(order[-10:]))

@@ -202,3 +202,16 @@ def test_tokens_are_counted_on_over_a_resume(model, tmp_path):
         )
         assert timeless(resumed.train()) == history[step:]
         assert is_equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_to_a_number_of_tokens_are_counted_in_the_order_of_each_epoch(model, seed):
+    """Epochs draw in orders of their own, so that the step that reaches a number is another each time."""
+    trainer = make(model, Counted(SAMPLES), max_tokens=1, micro_batch=2, seed=seed)
+    windows = [
+        trainer.order(epoch)[start : start + 2] for epoch in range(3) for start in range(0, 11, 2)
+    ]
+    reached = [sum(TARGETS[index] for index in window) for window in windows]
+    for limit in range(1, 3 * sum(TARGETS) + 1):
+        expected = next(n for n in range(1, 19) if sum(reached[:n]) >= limit)
+        assert trainer.steps_to_tokens(limit, TARGETS) == expected
