@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from pytest_ranks.errors import BadInputError
 from pytest_ranks.reference import TrainConfig, Trainer
 from pytest_ranks.reference.checkpoint import read_checkpoint
+from pytest_ranks.reference.preemption import StopRequest
 
 
 def settings(**fields):
@@ -170,3 +172,43 @@ def test_checkpoint_of_more_ranks_is_refused(make_model, samples, tmp_path):
     torch.save(state | {"random": state["random"] * 2}, tmp_path / "two.pt")
     with pytest.raises(BadInputError, match="written by 2 ranks and cannot be continued exactly"):
         trained(make_model, samples, resume_from=tmp_path / "two.pt")
+
+
+def test_a_moment_is_saved_once_in_each_folder(make_model, samples, tmp_path):
+    """A run that is stopped before its first step has its checkpoint, whichever folder it came from."""
+    saved = []
+
+    class Spy(Trainer):
+        def save(self, path):
+            saved.append(path)
+            super().save(path)
+
+    trained(make_model, samples, checkpoint_every=2, out_dir=tmp_path / "one")
+    path = tmp_path / "one" / "checkpoint-2.pt"
+    for folder, expected in (("one", []), ("two", [tmp_path / "two" / "checkpoint-2.pt"])):
+        stop = StopRequest()
+        stop.request("test")
+        fields = {"resume_from": path, "out_dir": tmp_path / folder}
+        model = make_model(attention_dropout=0.3)
+        Spy(settings(**fields), model=model, samples=samples, stop=stop).train()
+        assert saved == expected
+
+
+def test_randomness_of_python_goes_on_too(make_model, samples, tmp_path):
+    """Samples may be made with it, masked here and there."""
+
+    def drawn(**fields):
+        seen = []
+
+        class Noisy(Trainer):
+            def sample(self, index, samples):
+                seen.append(random.random())
+                return super().sample(index, samples)
+
+        Noisy(settings(**fields), model=make_model(), samples=samples).train()
+        return seen
+
+    random.seed(3)
+    whole = drawn(out_dir=tmp_path, checkpoint_every=3)
+    random.seed(4)
+    assert drawn(resume_from=tmp_path / "checkpoint-3.pt") == whole[11:]
