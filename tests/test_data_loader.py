@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tracemalloc
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -229,6 +230,12 @@ class TestChatTemplates:
         tokenizer = byte_tokenizer(pad_equals_eos=True)
         sample = self.read(tmp_path, tokenizer)
         assert trained(sample, tokenizer) == ["😀 yes 😀<eos>", "No<eos>"]
+
+    def test_an_end_within_a_turn_is_not_its_end(self, tmp_path):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        turns = [*CONVERSATION[:2], {"role": "assistant", "content": "a<eos>b"}]
+        assert trained(self.read(tmp_path, tokenizer, turns), tokenizer) == ["a<eos>b<eos>"]
 
     def test_two_turns_of_the_assistant_in_a_row(self, tmp_path):
         tokenizer = byte_tokenizer()
@@ -469,6 +476,13 @@ class TestMbCollateFn:
         batch = collate([row], pad_id=0, packed=True)
         assert batch.labels.tolist() == [[-100, 6, 7, -100, 9, -100, 4]]
         assert int(counted_targets(batch.labels)) == sum(map(count_targets, row)) == 4
+
+    def test_a_copy_on_another_device_knows_what_the_batch_knows(self):
+        batch = replace(collate([[GOOD]], pad_id=0, packed=False), batch_targets=7)
+        copy = batch.to(torch.device("meta"))
+        assert (copy.samples, copy.batch_targets) == (1, 7)
+        tensors = (copy.input_ids, copy.labels, copy.position_ids, copy.attention_mask)
+        assert [one.device.type for one in tensors] == ["meta"] * 4
 
     def test_the_row_of_an_idle_rank_counts_for_nothing(self):
         batch = collate([], pad_id=0, packed=True)
