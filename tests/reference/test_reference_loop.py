@@ -6,20 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bodies.loop import (
-    SAMPLES,
-    TARGETS,
-    Counted,
-    is_equal,
-    make,
-    timeless,
-    weights,
-)
+from bodies.loop import SAMPLES, TARGETS, Counted, is_equal, make, timeless, weights
 from pytest_ranks import BadInputError
-from pytest_ranks.reference import (
-    TrainConfig,
-    cli,
-)
+from pytest_ranks.reference import TrainConfig, cli
 
 
 @pytest.fixture(autouse=True)

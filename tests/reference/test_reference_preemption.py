@@ -9,12 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bodies.loop import (
-    make,
-)
-from pytest_ranks.reference import (
-    preemption,
-)
+from bodies.loop import make
+from pytest_ranks.reference import Trainer, preemption
 from pytest_ranks.reference.preemption import StopRequest
 
 
@@ -82,3 +78,27 @@ def test_the_step_that_completes_the_run_is_its_end(model):
     trainer.on_step = lambda record: record["step"] == 2 and trainer.stop.request("test")
     trainer.train()
     assert trainer.finished()
+
+
+def test_a_moment_that_is_saved_is_not_saved_again(model, tmp_path):
+    """The run is asked to stop in a step that is saved anyway; then before its next step."""
+    saved = []
+
+    class Spy(Trainer):
+        def save(self, path):
+            saved.append(path.name)
+            super().save(path)
+
+    fields = {"trainer": Spy, "until_stopped": True, "checkpoint_every": 3, "out_dir": tmp_path}
+    trainer = make(model, **fields)
+    trainer.on_step = lambda record: record["step"] == 2 and trainer.stop.request("test")
+    trainer.train()
+    assert saved == ["checkpoint-3.pt"]
+    resumed = make(model, resume_from=tmp_path, **fields)
+    resumed.stop.request("test")
+    assert resumed.train() == []
+    assert saved == ["checkpoint-3.pt"]
+    elsewhere = make(model, resume_from=tmp_path, **fields | {"out_dir": tmp_path / "other"})
+    elsewhere.stop.request("test")
+    elsewhere.train()
+    assert saved == ["checkpoint-3.pt"] * 2

@@ -7,15 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from bodies.loop import (
-    Kept,
-    make,
-)
+from bodies.loop import Kept, make
 from pytest_ranks import BadInputError
-from pytest_ranks.reference import (
-    TrainConfig,
-    trackers,
-)
+from pytest_ranks.reference import TrainConfig, trackers
 
 
 @pytest.fixture(autouse=True)
