@@ -183,6 +183,13 @@ class TestFormats:
         assert list(sample["input_ids"]) == [*start, 97, 98, 99, 100, EOS]
         assert list(sample["labels"]) == [*[-100] * len(start), -100, -100, 99, 100, EOS]
 
+    def test_an_end_that_a_prompt_has_itself_stays(self, tmp_path):
+        tokenizer = byte_tokenizer()
+        path = write(tmp_path / "a.jsonl", {"prompt": "a<eos>", "completion": "b"})
+        sample = JsonlDataset(path, tokenizer=tokenizer)[0]
+        assert tokenizer.decode(sample["input_ids"]) == "a<eos>b<eos>"
+        assert trained(sample, tokenizer) == ["b<eos>"]
+
     def test_a_tokenizer_without_an_end_adds_none(self, tmp_path):
         tokenizer = byte_tokenizer()
         tokenizer.eos_token = None
