@@ -301,3 +301,23 @@ def test_defaults_are_those_of_the_config():
             assert options[name].default == getattr(config, name), name
     settable = set(options) | {"betas"}
     assert set(TrainConfig.__dataclass_fields__) <= settable
+
+
+def test_a_run_that_diverges_keeps_the_checkpoint_before_and_writes_no_model(folder):
+    options = ("model", "data.jsonl", "--out-dir", "out", "--max-steps", 3, "--device", "cpu")
+    options += ("--optimizer", "sgd", "--lr", 1e30, "--max-grad-norm", 0, "--micro-batch", 4)
+    result = invoke(*options, "--checkpoint-every", 1, "--keep-checkpoints", 1)
+    assert result.exit_code == os.EX_SOFTWARE
+    assert result.stderr.splitlines()[-1].startswith("error: 3 steps, ")
+    assert (
+        "the loss or the gradient of step 2 is not finite, so neither a model nor a checkpoint is "
+        "written from it on; resume from one before it, with a smaller learning rate or without the "
+        "samples of that step."
+    ) in result.stderr
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "checkpoint-1.pt",
+        "metrics.jsonl",
+    ]
+    notes = [record.get("note") for record in records(folder / "out")]
+    told = "the loss or the gradient is not finite: nothing is saved from here on"
+    assert notes == [None, told, None]

@@ -101,8 +101,8 @@ def run_until_told(given: dict[str, Any]) -> None:
     """Do what the command line says, unless a signal ends it; say what cannot be used.
 
     Raises:
-        Exit: with status 2 where something cannot be used, 74 (EX_IOERR) where the disk is full or
-            fails, 75 where the run was stopped.
+        Exit: with status 2 where something cannot be used, 70 (EX_SOFTWARE) where training diverged,
+            74 (EX_IOERR) where the disk is full or fails, 75 where the run was stopped.
     """
     given.pop("loop")
     with preemption.listen(StopRequest()) as stop:
@@ -326,6 +326,14 @@ def train_and_export(trainer: Trainer) -> bool:
     found = [record["loss"] for record in history if record["tokens"]]
     losses = f", loss {found[0]:.4f} -> {found[-1]:.4f}" if found else ""
     done = f"{len(history)} steps, {tokens} trained tokens{losses}; "
+    if trainer.diverged_at is not None:
+        if first_rank:
+            tell(
+                f"error: {done}the loss or the gradient of step {trainer.diverged_at} is not finite, so "
+                "neither a model nor a checkpoint is written from it on; resume from one before it, "
+                "with a smaller learning rate or without the samples of that step."
+            )
+        raise typer.Exit(os.EX_SOFTWARE)
     if trainer.stopping and not trainer.finished():
         done += f"stopped after step {trainer.steps_taken}, go on with --resume-from {out_dir}"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ class SavingSteps(BatchSteps):
     """Writes beside training; None where a save waits for its file."""
     saved_step: int | None = None
     """The step that the output folder's newest checkpoint of this run is of."""
+    diverged_at: int | None = None
+    """The first step whose loss or gradient was not finite; nothing is saved from it on."""
 
     def settings(self) -> dict[str, Any]:
         """Return what must be equal for a resumed run to go on exactly as it would have."""
@@ -60,9 +63,18 @@ class SavingSteps(BatchSteps):
             self.config, self.progress, trained=trained, last_of_epoch=last_of_epoch, best=best
         )
 
+    def note_divergence(self, record: dict[str, Any]) -> None:
+        """Keep parameters that are no numbers from taking the place of a checkpoint that can be used."""
+        finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+        if not finite and self.diverged_at is None:
+            self.diverged_at = record["step"]
+            record["note"] = "the loss or the gradient is not finite: nothing is saved from here on"
+
     def save_here(self) -> None:
-        """Save into the output folder, if there is one, and this moment is not there already."""
+        """Save into the output folder, if there is one, and this moment is neither there nor diverged."""
         if self.config.out_dir is None or self.saved_step == self.steps_taken:
+            return
+        if self.diverged_at is not None:
             return
         self.metrics.sync()  # records are on the disk before the checkpoint that they led to
         self.save(checkpoint.checkpoint_path(Path(self.config.out_dir), self.steps_taken))

@@ -121,6 +121,7 @@ class Trainer(EvaluationSteps):
             self.begin()
             for window, last_of_epoch in self.windows():
                 record, best = self.train_step(window), False
+                self.note_divergence(record)
                 if self.evaluation_due(last_of_epoch=last_of_epoch):
                     best = self.evaluate_into(record)
                 self.log(record)
