@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,10 @@ with suppress(ImportError):  # tests that need no torch run without it
     # No test is about time: the first example of one may wait for numpy, or for a busy machine.
     settings.register_profile("ranks", deadline=None)
     settings.load_profile("ranks")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and what it starts does too: sessions under test must not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 SLOW = (
